@@ -1,0 +1,1 @@
+"""The command line: one file per topic; the only place with click, rich and exit codes."""

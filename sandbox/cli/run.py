@@ -1,0 +1,222 @@
+"""``sandbox run``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from sandbox import names, units
+from sandbox.cli.main import Context
+from sandbox.cli.output import LineVoice, Progress, QuietVoice, RawVoice
+from sandbox.dyno.watch import Voice
+from sandbox.errors import UsageError
+from sandbox.policy.clauses import parse_waivers
+from sandbox.supervisor import embed
+from sandbox.units import show
+
+# Heroku's limit on all config vars of an app together is 64 kB (unconfirmed there; a bound here in any case).
+MAX_ENV_BYTES = 64 * 1024
+
+
+@click.command("run", context_settings={"help_option_names": ["-h", "--help"]}, options_metavar="[OPTIONS]")
+@click.argument("path", metavar="PATH")
+@click.argument("words", nargs=-1, metavar="[TYPE] [-- CMD...]", type=click.UNPROCESSED)
+@click.option("-s", "--size", default="standard-1x", show_default=True, help="The dyno size.")
+@click.option("--memory", metavar="SIZE", help="Lower the memory quota, such as 256M.")
+@click.option("--cpus", type=float, metavar="N", help="Lower the CPU cap, such as 0.5.")
+@click.option("--pids", type=int, metavar="N", help="Lower the limit on processes and threads.")
+@click.option("--disk", metavar="SIZE", help="Lower the limit on what is written.")
+@click.option("-e", "--env", "env", multiple=True, metavar="K=V", help="A config var of this run (repeatable).")
+@click.option("--env-file", metavar="FILE", help="Config vars, one K=V a line.")
+@click.option("--engine", default="auto", show_default=True, metavar="auto|oci|docker")
+@click.option("--runtime", metavar="runc|crun|runsc", help="The OCI runtime.")
+@click.option("--waive", multiple=True, metavar="CLAUSE", help="Start although this clause is not enforced (repeatable).")
+@click.option("--timeout", metavar="TIME", help="End the dyno after that time, exit code 124.")
+@click.option("--grace", default="30s", show_default=True, metavar="TIME", help="Between SIGTERM and SIGKILL.")
+@click.option("--boot-timeout", default="60s", show_default=True, metavar="TIME", help="For a web process to bind $PORT.")
+@click.option("--sample", default="20s", show_default=True, metavar="TIME", help="Between two looks at the memory quota.")
+@click.option("--tty/--no-tty", "want_tty", default=None, help="A terminal for the app; default: a command of yours on a terminal.")
+@click.option("--get", metavar="/PATH", help="Once the web process is up, fetch PATH inside the dyno, then stop it.")
+@click.option("--raw", is_flag=True, help="The app's bytes as they are, stdout and stderr apart.")
+@click.option("--json", "as_json", is_flag=True, help="One document on stdout; the app's output on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, and no word on a clean end.")
+@click.pass_obj
+def command(  # noqa: PLR0913 - one parameter per option
+    context: Context,
+    path: str,
+    words: tuple[str, ...],
+    size: str,
+    memory: str | None,
+    cpus: float | None,
+    pids: int | None,
+    disk: str | None,
+    env: tuple[str, ...],
+    env_file: str | None,
+    engine: str,
+    runtime: str | None,
+    waive: tuple[str, ...],
+    timeout: str | None,
+    grace: str,
+    boot_timeout: str,
+    sample: str,
+    want_tty: bool | None,
+    get: str | None,
+    *,
+    raw: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Run an app as a dyno, in the foreground.
+
+    \b
+    Examples:
+      sandbox run ./app
+      sandbox run ./app worker
+      sandbox run --size standard-2x --env K=V --timeout 30s --json ./app -- python3 -c 'print(1)'
+
+    \b
+    Exit codes: the app's own; 124 our timeout; 125 not started; 126 not executable;
+    127 not found; 128+N ended by signal N. The reason is on stderr and in --json.
+    """
+    if os.geteuid() != 0:
+        raise UsageError("sandbox run needs root: it makes namespaces, mounts and cgroups.", hint="sudo sandbox run ...")
+    if raw and as_json:
+        raise UsageError("--raw and --json both want stdout.", hint="choose one.")
+    if get is not None and (not get.startswith("/") or not get.isprintable() or " " in get):
+        raise UsageError(f"--get {show(get)} is not a path.", hint="--get /")
+    process_type, argv = _words(words)
+    interactive = want_tty if want_tty is not None else bool(argv) and os.isatty(0) and os.isatty(1) and not as_json
+    if interactive and not (os.isatty(0) and os.isatty(1)):
+        raise UsageError("--tty needs a terminal on stdin and stdout.", hint="leave --tty away.")
+    request = embed.Request(
+        path=path,
+        process_type=process_type,
+        command=argv,
+        size=size,
+        memory_bytes=None if memory is None else units.parse_bytes(memory, what="--memory"),
+        cpus=cpus,
+        pids=pids,
+        disk_bytes=None if disk is None else units.parse_bytes(disk, what="--disk"),
+        env=_environment(env, env_file),
+        engine=engine,
+        runtime=runtime,
+        waived=parse_waivers(waive),
+        tty=interactive,
+        stdin_fd=_stdin(has_command=bool(argv)),
+        timeout_s=None if timeout is None else units.parse_duration(timeout, what="--timeout"),
+        grace_s=units.parse_duration(grace, what="--grace"),
+        sample_s=units.parse_duration(sample, what="--sample"),
+        boot_timeout_s=units.parse_duration(boot_timeout, what="--boot-timeout"),
+        get=get or "",
+    )
+
+    def make_voice(name: str) -> Voice:
+        if as_json:
+            return QuietVoice(name)
+        return RawVoice(name) if raw or interactive else LineVoice(name)
+
+    with _signals(resize=interactive) as signals, _raw_terminal(on=interactive):
+        report = embed.run(
+            context.config, request, make_voice=make_voice, progress=Progress(quiet=quiet), signals=signals
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(report.document, indent=2) + "\n")
+    if not (quiet and report.exit.code == 0):
+        click.echo(f"sandbox: {report.document['dyno']} {report.exit.message}", err=True)
+    return report.exit.code
+
+
+def _words(words: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """``[TYPE] [-- CMD...]``. click drops the ``--``; the command line still has it."""
+    arguments = sys.argv[1:]
+    if "--" in arguments:
+        count = len(arguments) - arguments.index("--") - 1
+        before, argv = words[: len(words) - count], words[len(words) - count :]
+        if not argv:
+            raise UsageError("nothing follows --.", hint="sandbox run PATH -- CMD...")
+    else:
+        before, argv = words, ()
+    if len(before) > 1:
+        raise UsageError(f"{show(before[1])} is one word too many.", hint="sandbox run PATH [TYPE] [-- CMD...]")
+    return (before[0] if before else ""), argv
+
+
+def _environment(pairs: tuple[str, ...], env_file: str | None) -> tuple[tuple[str, str], ...]:
+    found: list[tuple[str, str]] = []
+    if env_file is not None:
+        try:
+            with open(env_file, encoding="utf-8") as file:
+                lines = file.read().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise UsageError(f"--env-file {show(env_file)} cannot be read: {reason}; nothing was started.") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                found.append(_pair(line.strip().removeprefix("export "), f"{env_file}:{number}"))
+    found += [_pair(pair, "--env") for pair in pairs]
+    if sum(len(name) + len(value.encode("utf-8", "surrogateescape")) for name, value in found) > MAX_ENV_BYTES:
+        raise UsageError(f"the config vars have more than {MAX_ENV_BYTES} bytes; nothing was started.")
+    return tuple(found)
+
+
+def _pair(text: str, where: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    # The text may be a secret: only the name is ever shown.
+    if not equals:
+        raise UsageError(f"{where}: there is no = in it; nothing was started.", hint="write NAME=value.")
+    if not names.is_env_name(name):
+        raise UsageError(f"{where}: {show(name)} is not a variable name; nothing was started.")
+    if "\0" in value:
+        raise UsageError(f"{where}: the value of {name} holds a NUL byte; nothing was started.")
+    return name, value
+
+
+def _stdin(*, has_command: bool) -> int:
+    """Our stdin for a command of the user's own; for a process type only when it is a pipe or a file."""
+    try:
+        os.fstat(0)
+    except OSError:
+        return -1
+    if os.isatty(0):
+        return 0 if has_command else -1
+    return 0
+
+
+@contextmanager
+def _signals(*, resize: bool) -> Iterator[int]:
+    """Signals as bytes on a descriptor, so that one loop sees everything."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *([signal.SIGWINCH] if resize else [])]
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    if resize:
+        os.write(write_end, bytes([signal.SIGWINCH]))
+    try:
+        yield read_end
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(read_end)
+        os.close(write_end)
+
+
+@contextmanager
+def _raw_terminal(*, on: bool) -> Iterator[None]:
+    if not on:
+        yield
+        return
+    saved = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, saved)

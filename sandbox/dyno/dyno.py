@@ -1,0 +1,220 @@
+"""Starts one dyno behind its gate, verifies the wall, lets the app go, and takes everything down again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import time
+from dataclasses import dataclass, field
+
+from sandbox import names
+from sandbox.config import Config
+from sandbox.dyno import slot as slots
+from sandbox.dyno import verify
+from sandbox.dyno.slot import DestroyContainer, Slot
+from sandbox.engine.base import Attachment, Container, Engine
+from sandbox.errors import ClauseError, EngineError, HostError
+from sandbox.host import inside, observe
+from sandbox.host.cgroup import Cgroup
+from sandbox.host.journal import Journal
+from sandbox.host.stack import Stack
+from sandbox.policy.policy import Policy
+from sandbox.policy.spec import ContainerSpec
+
+_GATE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is to be started. ``env``: the app's whole environment; it reaches the app through the gate only."""
+
+    name: str
+    app: str
+    policy: Policy
+    stack: Stack
+    slug_image: str
+    command: tuple[str, ...]
+    env: dict[str, str]
+    tty: bool = False
+    stdin: bool = False
+    resolv_conf: str = ""
+
+
+@dataclass(slots=True)
+class Phases:
+    """How long each phase took, in milliseconds, in order."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+
+    def mark(self, name: str) -> None:
+        now = time.monotonic()
+        self.ms[name] = round(self.ms.get(name, 0.0) + (now - self._last) * 1000, 2)
+        self._last = now
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A dyno behind a gate that has been opened."""
+
+    container: Container
+    attachment: Attachment
+    cgroup: Cgroup
+    totals: Cgroup
+
+
+class Dyno:
+    """One dyno, from nothing to nothing. ``close`` undoes whatever has been done, at any point."""
+
+    def __init__(self, config: Config, engine: Engine, launch: Launch, *, phases: Phases | None = None) -> None:
+        self._config, self._engine, self.launch = config, engine, launch
+        self.container_id = names.new_container_id(config.host)
+        self.phases = phases or Phases()
+        self._journal: Journal | None = None
+        self.slot: Slot | None = None
+        self._used_at_start = (0, 0)
+
+    def prepare(self) -> Slot:
+        """Takes the slot. Raises HostError; ``close`` cleans up."""
+        launch, engine = self.launch, self._engine
+        self._journal = Journal.start(
+            self._config.journal_dir,
+            self.container_id,
+            {
+                "id": self.container_id,
+                "name": launch.name,
+                "app": launch.app,
+                "engine": engine.name,
+                "runtime": engine.runtime,
+                "size": launch.policy.size,
+                "pid": os.getpid(),
+                "started": time.time(),
+                "policy": launch.policy.digest(),
+            },
+        )
+        self.slot = slots.take(
+            self._config,
+            self._journal,
+            self.container_id,
+            policy=launch.policy,
+            stack=launch.stack,
+            slug_image=launch.slug_image,
+            hostname=names.hostname(launch.name),
+            user_namespace=engine.user_namespaces,
+            resolv_conf=launch.resolv_conf,
+            own_stack_mount=engine.name != "docker",
+        )
+        self._used_at_start = self._disk_used()
+        self.phases.mark("slot")
+        return self.slot
+
+    def start(self) -> Started:
+        """Creates the container, reads the wall back behind the gate, and opens the gate.
+
+        Raises ClauseError, which names every clause that is not enforced; then no instruction of the app has run.
+        """
+        slot, journal = self.slot, self._journal
+        if slot is None or journal is None:
+            raise RuntimeError("prepare() comes before start()")
+        launch, engine = self.launch, self._engine
+        image = engine.prepare(launch.stack.digest, slot.stack_layer)
+        spec = ContainerSpec(
+            container_id=self.container_id,
+            hostname=names.hostname(launch.name),
+            command=launch.command,
+            policy=launch.policy,
+            paths=slot.paths,
+            uid_base=slot.uid_base,
+            userns_path=slot.userns_path,
+            cgroup_parent=names.cgroup_parent(self._config.host, self.container_id),
+            tty=launch.tty,
+            stdin=launch.stdin,
+            stack_image=image,
+        )
+        journal.record("container", self.container_id, engine=engine.name, runtime=engine.runtime)
+        container = engine.create(spec, slot.folder)
+        self.phases.mark("create")
+        attachment = engine.attach(container)
+        container = engine.start(container)
+        gate = _reach_gate(f"{slot.paths.disk}/fixed/gate/fifo", container.pid)
+        self.phases.mark("start")
+        try:
+            cgroup = Cgroup.of(container.pid)
+            if not engine.user_namespaces:
+                inside.restrict_engine_mounts(container.pid)
+            self._verify(spec, container, cgroup)
+            self.phases.mark("verify")
+            _open_gate(gate, launch.env)
+            os.unlink(f"{slot.paths.disk}/fixed/gate/fifo")
+        finally:
+            os.close(gate)
+        self.phases.mark("gate")
+        totals = Cgroup.at(spec.cgroup_parent)
+        return Started(container, attachment, cgroup, totals if totals.exists() else cgroup)
+
+    def _verify(self, spec: ContainerSpec, container: Container, cgroup: Cgroup) -> None:
+        pids = tuple(sorted(cgroup.pids(), key=lambda pid: pid != container.pid))
+        if not pids or pids[0] != container.pid:
+            raise EngineError("the container's init is not in its cgroup.", hint="sandbox doctor")
+        subject = verify.Subject(spec, self._engine.user_namespaces, pids, cgroup)
+        found = verify.differences(subject)
+        if found:
+            clauses = tuple(dict.fromkeys(difference.clause.value for difference in found))
+            lines = "; ".join(f"{d.clause.value}: promised {d.promised}, observed {d.observed}" for d in found[:6])
+            more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+            raise ClauseError(
+                f"{self.launch.name} not started: the kernel does not enforce its policy: {lines}{more}. "
+                "No instruction of the app ran.",
+                clauses=clauses,
+                hint="sandbox doctor says what this host lacks; "
+                + " ".join(f"--waive {clause}" for clause in clauses)
+                + " starts without that promise.",
+            )
+
+    def _disk_used(self) -> tuple[int, int]:
+        if self.slot is None:
+            return 0, 0
+        status = os.statvfs(self.slot.paths.disk)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize, status.f_files - status.f_ffree
+
+    def written(self) -> tuple[int, int]:
+        """Bytes and inodes that the dyno has on its disk beyond what it started with."""
+        now = self._disk_used()
+        return max(0, now[0] - self._used_at_start[0]), max(0, now[1] - self._used_at_start[1])
+
+    def close(self, destroy: DestroyContainer) -> None:
+        """Removes the container and gives the slot back."""
+        if self.slot is not None:
+            os.close(self.slot.userns_fd)
+        if self._journal is not None:
+            slots.give_back(self._config, self._journal, destroy)
+            self._journal = None
+        self.slot = None
+
+
+def _reach_gate(fifo: str, pid: int) -> int:
+    """A write end of the gate: opening it succeeds exactly when the gate stands at its other end."""
+    deadline = time.monotonic() + _GATE_TIMEOUT_S
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        if not observe.alive(pid) or time.monotonic() > deadline:
+            raise HostError("the container ended before it reached the gate.", hint="sandbox doctor")
+        time.sleep(0.0005)
+
+
+def _open_gate(gate: int, env: dict[str, str]) -> None:
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
+    script = "".join((*lines, "SANDBOX_GATE=open\n")).encode("utf-8", "surrogateescape")
+    os.set_blocking(gate, True)
+    try:
+        while script:
+            script = script[os.write(gate, script) :]
+    except BrokenPipeError as error:
+        raise HostError("the container ended at the gate.", hint="sandbox doctor") from error
+
+

@@ -1,0 +1,268 @@
+"""The embedded engine: an OCI runtime (runc, crun, runsc) held by conmon. No daemon.
+
+conmon starts the runtime, holds the container's input and output and writes its exit status to a file. It survives
+us; if it is killed, the container lives on without an exit status, and we say so instead of inventing one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import time
+from typing import Any
+
+from sandbox import hostcmd
+from sandbox.config import Config
+from sandbox.engine.base import Chunk, Container, Stream
+from sandbox.errors import EngineError, HostError
+from sandbox.host import cgroup
+from sandbox.policy import oci
+from sandbox.policy.clauses import Clause
+from sandbox.policy.spec import ContainerSpec
+from sandbox.units import escape
+
+RUNTIMES = ("runc", "crun", "runsc")
+_CREATE_TIMEOUT_S = 60.0
+# conmon's stream numbers (its src/utils.h: STDIN_PIPE, STDOUT_PIPE, STDERR_PIPE are 1, 2, 3).
+_STREAMS = {2: Stream.STDOUT, 3: Stream.STDERR}
+_PACKET = 65536
+
+
+class OciEngine:
+    """One OCI runtime with conmon as its shim."""
+
+    name = "oci"
+    user_namespaces = True
+
+    def __init__(self, config: Config, runtime: str) -> None:
+        self._config = config
+        self.runtime = runtime
+        self._runtime_path = hostcmd.require(runtime, runtime)
+        self._conmon = hostcmd.require("conmon", "conmon")
+        self._conmons: dict[str, int] = {}
+
+    def version(self) -> str:
+        first = hostcmd.run([self._runtime_path, "--version"]).stdout.decode("utf-8", "replace").splitlines()
+        shim = hostcmd.run([self._conmon, "--version"]).stdout.decode("utf-8", "replace").splitlines()
+        return escape(f"{first[0] if first else self.runtime}, {shim[0] if shim else 'conmon'}")
+
+    def missing(self) -> dict[Clause, str]:
+        if self.runtime == "runsc":
+            reason = "gVisor runs the app on a kernel of its own, which the host cannot read back"
+            return dict.fromkeys((Clause.SECCOMP, Clause.CAPABILITIES, Clause.MOUNTS, Clause.RLIMITS), reason)
+        if self.runtime == "crun" and not cgroup.unified():
+            return dict.fromkeys((Clause.MEMORY, Clause.PIDS, Clause.CPU), "crun needs the unified cgroup hierarchy")
+        return {}
+
+    def prepare(self, stack_digest: str, stack_root: str) -> str:
+        return stack_digest
+
+    def create(self, spec: ContainerSpec, folder: str) -> Container:
+        bundle, exits = f"{folder}/bundle", f"{folder}/exit"
+        os.mkdir(bundle, 0o711)
+        os.mkdir(exits, 0o700)
+        with open(f"{bundle}/config.json", "w", encoding="utf-8") as file:
+            json.dump(oci.config(spec), file)
+        argv = [
+            *(hostcmd.require("prlimit", "util-linux"), *oci.shim_limits(spec.policy), "--", self._conmon),
+            *("--api-version", "1", "-c", spec.container_id, "-u", spec.container_id, "-n", spec.container_id),
+            *("-r", self._runtime_path, "-b", bundle, "-p", f"{folder}/pid", "--conmon-pidfile", f"{folder}/conmon.pid"),
+            *("--exit-dir", exits, "--socket-dir-path", folder, "--full-attach", "-l", "none", "--log-level", "error"),
+            *("--runtime-arg", f"--root={self._config.runtime_dir}"),
+            *(("-t",) if spec.tty else ()),
+            *(("-i",) if spec.stdin else ()),
+        ]
+        pid = self._spawn(argv, folder)
+        try:
+            with open(f"{folder}/conmon.pid", encoding="ascii") as file:
+                self._conmons[spec.container_id] = os.pidfd_open(int(file.read()))
+        except (OSError, ValueError) as error:
+            raise EngineError("conmon ended before the container was made.", hint="sandbox doctor") from error
+        return Container(spec.container_id, pid)
+
+    def _spawn(self, argv: list[str], folder: str) -> int:
+        """Runs conmon up to the moment where it says on its sync pipe that the container exists."""
+        read_end, write_end = os.pipe()
+        try:
+            with open(f"{folder}/conmon.log", "wb") as log:
+                process = subprocess.Popen(
+                    argv,
+                    env={**hostcmd.ENVIRONMENT, "_OCI_SYNCPIPE": str(write_end)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(write_end,),
+                    cwd="/",
+                )
+            os.close(write_end)
+            write_end = -1
+            answer = _read_line(read_end, _CREATE_TIMEOUT_S)
+            process.wait(timeout=_CREATE_TIMEOUT_S)
+        except FileNotFoundError as error:
+            raise EngineError("conmon is not installed.", hint="apt-get install conmon") from error
+        finally:
+            os.close(read_end)
+            if write_end >= 0:
+                os.close(write_end)
+        try:
+            message: dict[str, Any] = json.loads(answer)
+            pid = int(message["data"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError("conmon ended without an answer.", details=_tail(f"{folder}/conmon.log")) from error
+        if pid <= 0:
+            said = escape(str(message.get("message", "")).strip()) or _tail(f"{folder}/conmon.log")
+            raise EngineError(f"{self.runtime} did not make the container: {said}", hint="sandbox doctor", details=said)
+        return pid
+
+    def attach(self, container: Container) -> ConmonAttachment:
+        return ConmonAttachment(f"{self._config.dynos_dir}/{container.container_id}/bundle")
+
+    def start(self, container: Container) -> Container:
+        try:
+            self._run("start", container.container_id)
+        except HostError as error:
+            raise EngineError(f"the container did not start: {error.message}", details=error.details) from error
+        return container
+
+    def _run(self, *arguments: str, check: bool = True) -> None:
+        hostcmd.run([self._runtime_path, f"--root={self._config.runtime_dir}", *arguments], check=check)
+
+    def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
+        path = f"{self._config.dynos_dir}/{container.container_id}/exit/{container.container_id}"
+        shim = self._conmons.get(container.container_id, -1)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            # Looked at before the file: conmon writes the status, then ends.
+            shim_ended = shim < 0 or bool(select.select([shim], [], [], 0)[0])
+            try:
+                with open(path, encoding="ascii") as file:
+                    text = file.read().strip()
+                if text:
+                    return int(text)
+            except FileNotFoundError:
+                pass
+            if shim_ended or time.monotonic() > deadline:
+                return None
+            select.select([shim], [], [], 0.005)
+
+    def destroy(self, container_id: str, folder: str) -> None:
+        state = f"{self._config.runtime_dir}/{container_id}"
+        shim = self._conmons.pop(container_id, -1)
+        if shim >= 0:
+            # conmon ends by itself once it wrote the exit status; its runtime child must not outlive it half-way.
+            select.select([shim], [], [], 5.0)
+            os.close(shim)
+        if os.path.isdir(state):
+            self._run("delete", "--force", container_id, check=False)
+            shutil.rmtree(state, ignore_errors=True)
+
+
+class ConmonAttachment:
+    """conmon's attach socket: sequenced packets whose first byte names the stream."""
+
+    def __init__(self, bundle: str) -> None:
+        self._bundle = bundle
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A Unix socket's address ends at 108 bytes; the folder's descriptor makes it short.
+        folder = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._socket.connect(f"/proc/self/fd/{folder}/attach")
+        except OSError as error:
+            raise EngineError(f"conmon's attach socket cannot be reached: {error.strerror}.") from error
+        finally:
+            os.close(folder)
+        self._socket.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def receive(self) -> list[Chunk] | None:
+        chunks: list[Chunk] = []
+        for _ in range(32):
+            try:
+                packet = self._socket.recv(_PACKET)
+            except BlockingIOError:
+                return chunks
+            except OSError:
+                packet = b""
+            if not packet:
+                return chunks or None
+            stream = _STREAMS.get(packet[0])
+            if stream is not None:
+                chunks.append((stream, packet[1:]))
+        return chunks
+
+    def send(self, data: bytes) -> int:
+        try:
+            return self._socket.send(data[:8192])
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)  # the app's input is gone; what is left of ours has no reader
+
+    def end_input(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+    def resize(self, rows: int, columns: int) -> None:
+        # conmon's control pipe takes "1 rows columns" (its src/ctrl.c, WIN_RESIZE_EVENT).
+        try:
+            fd = os.open(f"{self._bundle}/ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            os.write(fd, f"1 {rows} {columns}\n".encode())
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def stray_processes(container_id: str) -> list[int]:
+    """The conmon and runtime processes of that container which are outside its cgroup: a crash can leave them.
+
+    Only root's processes whose argument list names the id as a whole argument, and whose program is one of ours.
+    """
+    programs = {"conmon", *RUNTIMES}
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                arguments = file.read().split(b"\0")
+            if container_id.encode() not in arguments or os.stat(f"/proc/{name}").st_uid != 0:
+                continue
+            if os.path.basename(os.readlink(f"/proc/{name}/exe")).removesuffix(" (deleted)") in programs:
+                found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+def _read_line(fd: int, timeout_s: float) -> bytes:
+    data = b""
+    deadline = time.monotonic() + timeout_s
+    while not data.endswith(b"\n"):
+        if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise EngineError(f"conmon said nothing for {timeout_s:.0f} s.", hint="sandbox doctor")
+        piece = os.read(fd, 65536)
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+def _tail(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return escape(file.read()[-800:].decode("utf-8", "replace").strip().replace("\n", " ⏎ "))
+    except OSError:
+        return ""

@@ -1,0 +1,200 @@
+"""Reads what the kernel enforces on a process, from outside: values only, no judgement.
+
+Everything here comes from /proc of the host, which the dyno cannot forge. What cannot be read raises HostError: an
+empty answer must never look like a restriction.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from sandbox.errors import HostError
+
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+_CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_LIMIT_NAMES = {
+    "Max core file size": "CORE",
+    "Max file size": "FSIZE",
+    "Max locked memory": "MEMLOCK",
+    "Max msgqueue size": "MSGQUEUE",
+    "Max nice priority": "NICE",
+    "Max open files": "NOFILE",
+    "Max processes": "NPROC",
+    "Max realtime priority": "RTPRIO",
+    "Max pending signals": "SIGPENDING",
+    "Max stack size": "STACK",
+}
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """The credentials of one thread, as host ids."""
+
+    tid: int
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    groups: tuple[int, ...]
+    capabilities: dict[str, int]
+    no_new_privileges: bool
+    seccomp_mode: int
+    seccomp_filters: int
+
+
+@dataclass(frozen=True, slots=True)
+class MountLine:
+    """One line of mountinfo. ``flags`` are those of the mount, ``options`` those of the file system."""
+
+    target: str
+    root: str
+    device: str
+    fstype: str
+    source: str
+    flags: frozenset[str]
+    options: str
+    propagation: str
+
+
+def threads(pid: int) -> list[Thread]:
+    """Every thread of the process: credentials and filters are per thread."""
+    found = []
+    for tid in _listdir(f"/proc/{pid}/task"):
+        table = _table(f"/proc/{pid}/task/{tid}/status")
+        found.append(
+            Thread(
+                tid=int(tid),
+                uids=_numbers(table["Uid"]),
+                gids=_numbers(table["Gid"]),
+                groups=_numbers(table["Groups"]),
+                capabilities={name: int(table[name], 16) for name in _CAPABILITY_SETS},
+                no_new_privileges=table["NoNewPrivs"] == "1",
+                seccomp_mode=int(table["Seccomp"]),
+                # Absent before Linux 5.9.
+                seccomp_filters=int(table.get("Seccomp_filters", "-1")),
+            )
+        )
+    if not found:
+        raise HostError(f"process {pid} has no threads to examine.")
+    return found
+
+
+def namespace(pid: int | str, kind: str) -> int:
+    """The inode of a namespace: equal inodes, same namespace."""
+    try:
+        text = os.readlink(f"/proc/{pid}/ns/{kind}")
+    except OSError as error:
+        raise HostError(f"the {kind} namespace of process {pid} cannot be read: {error.strerror}.") from error
+    return int(text.split("[")[1].rstrip("]"))
+
+
+def id_map(pid: int, kind: str) -> list[tuple[int, int, int]]:
+    """uid_map or gid_map (``kind``: uid, gid) as (inside, outside, count)."""
+    rows = [_numbers(line) for line in _read(f"/proc/{pid}/{kind}_map").splitlines()]
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def mounts(pid: int | str) -> list[MountLine]:
+    """The process's mount table, in order: a later line on the same target hides an earlier one."""
+    found = []
+    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
+        head, _, tail = line.partition(" - ")
+        fields = head.split(" ")
+        fstype, source, options = tail.split(" ", 2)
+        found.append(
+            MountLine(
+                target=_unescape(fields[4]),
+                root=_unescape(fields[3]),
+                device=fields[2],
+                fstype=fstype,
+                source=_unescape(source),
+                flags=frozenset(fields[5].split(",")),
+                options=options,
+                propagation=" ".join(fields[6:]),
+            )
+        )
+    return found
+
+
+def rlimits(pid: int) -> dict[str, tuple[int, int]]:
+    """Soft and hard limits by name; -1 is unlimited."""
+    found = {}
+    for line in _read(f"/proc/{pid}/limits").splitlines()[1:]:
+        name = _LIMIT_NAMES.get(line[:26].rstrip())
+        if name is not None:
+            soft, hard = (-1 if field == "unlimited" else int(field) for field in line[26:].split()[:2])
+            found[name] = (soft, hard)
+    return found
+
+
+def oom_score_adj(pid: int) -> int:
+    return int(_read(f"/proc/{pid}/oom_score_adj"))
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """What each open descriptor of the process is."""
+    found = {}
+    for name in _listdir(f"/proc/{pid}/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def interfaces(pid: int) -> list[str]:
+    """The network interfaces in the process's network namespace."""
+    return [line.split(":")[0].strip() for line in _read(f"/proc/{pid}/net/dev").splitlines()[2:]]
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether something in the process's network namespace accepts TCP connections on ``port``."""
+    wanted = f":{port:04X}"
+    for family in ("tcp", "tcp6"):
+        try:
+            lines = _read(f"/proc/{pid}/net/{family}").splitlines()[1:]
+        except HostError:
+            continue  # a kernel without IPv6 has no tcp6
+        for line in lines:
+            fields = line.split()
+            if fields[1].endswith(wanted) and fields[3] == "0A":  # TCP_LISTEN
+                return True
+    return False
+
+
+def name(pid: int) -> str:
+    """The process's own name for itself: foreign text."""
+    return _read(f"/proc/{pid}/comm").strip()
+
+
+def alive(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as file:
+            return file.read()
+    except OSError as error:
+        raise HostError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError as error:
+        raise HostError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _table(path: str) -> dict[str, str]:
+    rows = (line.partition(":") for line in _read(path).splitlines())
+    return {key: value.strip() for key, _, value in rows}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(field) for field in text.split())
+
+
+def _unescape(text: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text

@@ -1,0 +1,192 @@
+"""The system-call policy: what a web app needs is listed, everything else is refused.
+
+The rules are data; ``document()`` turns them into the JSON that runc, crun and Docker share. Four kernel and
+library facts shape them:
+
+- An ``int`` argument arrives in a 64-bit register whose high half the kernel ignores, and the plain comparisons of
+  libseccomp look at all 64 bits: ``socket(1<<32 | AF_VSOCK)`` passes them. Every comparison here therefore masks
+  the low word.
+- libseccomp lets an unconditional allow of a call beat every conditional denial of it. A call that is partly
+  allowed is allowed **by values** only; "all but these" is written as the masks that cover the complement.
+- runc drops rules whose action equals the default action, so nothing here relies on such a rule.
+- A filter that lists one architecture kills every other ABI: int 0x80 and x32 end the process that tries.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_LOW_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """One condition: the call's argument ``index``, masked, equals ``value``."""
+
+    index: int
+    mask: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Calls, and what happens to them when all of ``args`` hold; ``refuse`` is the errno, None means allowed."""
+
+    calls: tuple[str, ...]
+    args: tuple[Arg, ...] = ()
+    refuse: int | None = None
+
+
+ALLOWED = tuple(
+    """
+    accept accept4 access alarm bind brk capget capset chdir chown clock_getres clock_gettime clock_nanosleep close
+    close_range connect copy_file_range dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2
+    epoll_wait eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchown
+    fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex
+    futex_waitv futimesat getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername
+    getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit get_robust_list getrusage getsid
+    getsockname getsockopt get_thread_area gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
+    inotify_init1 inotify_rm_watch ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+    landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat
+    madvise membarrier memfd_create mincore mkdir mkdirat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify
+    mq_open mq_timedreceive mq_timedsend mq_unlink mremap msgctl msgget msgrcv msgsnd msync munlock munlockall munmap
+    nanosleep newfstatat pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll
+    pread64 preadv preadv2 prlimit64 process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead readlink
+    readlinkat readv recvfrom recvmmsg recvmsg removexattr rename renameat renameat2 restart_syscall rmdir rseq
+    rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_tgsigqueueinfo sched_getaffinity sched_getattr sched_getparam sched_get_priority_max sched_get_priority_min
+    sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler
+    sched_yield select semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto setfsgid setfsuid setgid
+    setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit set_robust_list setsid
+    set_tid_address setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 splice stat
+    statfs statx symlink symlinkat syncfs sync_file_range sysinfo tee tgkill time timer_create timer_delete
+    timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate
+    umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write writev
+    """.split()
+)
+
+# A runtime that probes for these falls back when they do not exist; EPERM would make it give up. glibc tries clone3
+# at each thread start and its flags are behind a pointer, out of a filter's sight; so are openat2's.
+ABSENT = (
+    "clone3",
+    "openat2",
+    "memfd_secret",
+    "io_uring_setup",
+    "io_uring_enter",
+    "io_uring_register",
+)
+
+# include/uapi/linux/sched.h: NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET.
+NAMESPACE_FLAGS = 0x7E020000
+_SET_ID = 0o6000
+_FILE_TYPE = 0o170000
+_O_CREAT, _O_TMPFILE_BIT = 0o100, 0o20000000
+
+UNIX, INET, INET6, NETLINK = 1, 2, 10, 16
+FAMILIES = (UNIX, INET, INET6, NETLINK)
+# IPPROTO_IP, TCP, UDP: no SCTP, DCCP, UDP-Lite, MPTCP, ICMP, raw.
+INET_PROTOCOLS = (0, 6, 17)
+
+# asm-generic/ioctls.h: TIOCSTI types into the terminal's reader, TIOCLINUX pastes, TIOCSETD autoloads line disciplines.
+TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)
+# linux/prctl.h: PR_SET_MM, PR_SET_SPECULATION_CTRL, PR_SET_IO_FLUSHER.
+PRCTLS = (35, 53, 57)
+# asm/prctl.h: ARCH_SET_GS SET_FS GET_FS GET_GS, ARCH_CET_STATUS, ARCH_SHSTK_ENABLE..STATUS.
+ARCH_PRCTLS = (0x1001, 0x1002, 0x1003, 0x1004, 0x3001, 0x5001, 0x5002, 0x5003, 0x5005)
+# (level, refused options). SOL_SOCKET: SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF and _EBPF.
+# IPPROTO_IP and IPV6: XFRM_POLICY and the multicast-routing range MRT_BASE..+12. TCP: TCP_ULP (kTLS, espintcp).
+_MRT = tuple(range(200, 213))
+SOCKET_OPTIONS = {1: (26, 50, 51, 52), 0: (17, *_MRT), 41: (35, *_MRT), 6: (31,), 17: ()}
+_SECCOMP_NEW_LISTENER = 8
+
+
+def equals(index: int, value: int) -> Arg:
+    return Arg(index, _LOW_WORD, value & _LOW_WORD)
+
+
+def clear(index: int, bits: int) -> Arg:
+    """None of ``bits`` is set."""
+    return Arg(index, bits, 0)
+
+
+def all_but(index: int, values: Iterable[int], *, bits: int = 32) -> tuple[Arg, ...]:
+    """Conditions of which exactly one holds for each ``bits``-wide number that is not in ``values``; else none holds.
+
+    Walks the bits from the top: wherever the walk leaves the last path to a refused value, the whole subtree is
+    one mask: ``bits`` conditions for one value, a few more for each further one.
+    """
+    conditions: list[Arg] = []
+
+    def walk(bit: int, prefix: int, refused: list[int]) -> None:
+        if not refused:
+            conditions.append(Arg(index, _LOW_WORD & ~((1 << (bit + 1)) - 1), prefix))
+        elif bit >= 0:
+            one = 1 << bit
+            walk(bit - 1, prefix, [v for v in refused if not v & one])
+            walk(bit - 1, prefix | one, [v for v in refused if v & one])
+
+    walk(bits - 1, 0, sorted({value & _LOW_WORD for value in values}))
+    return tuple(conditions)
+
+
+def rules() -> tuple[Rule, ...]:
+    """The whole policy, in the order in which it is written down."""
+    allow: list[Rule] = [Rule(ALLOWED)]
+
+    def partly(calls: str, *conditions: Sequence[Arg], refuse: int | None = None) -> None:
+        allow.extend(Rule(tuple(calls.split()), tuple(args), refuse) for args in conditions)
+
+    partly("clone", [clear(0, NAMESPACE_FLAGS)])
+    partly("chmod fchmod", [clear(1, _SET_ID)])
+    partly("fchmodat", [clear(2, _SET_ID)])
+    partly("creat", [clear(1, _SET_ID)])
+    # The mode register holds rubbish unless a file may be created.
+    partly("open", [clear(1, _O_CREAT | _O_TMPFILE_BIT)], [clear(2, _SET_ID)])
+    partly("openat", [clear(2, _O_CREAT | _O_TMPFILE_BIT)], [clear(3, _SET_ID)])
+    for kind in (0, 0o100000, 0o010000, 0o140000):  # plain (twice), FIFO, socket
+        partly("mknod", [Arg(1, _FILE_TYPE | _SET_ID, kind)])
+        partly("mknodat", [Arg(2, _FILE_TYPE | _SET_ID, kind)])
+    partly("socket", [equals(0, UNIX)], [equals(0, NETLINK), equals(2, 0)])
+    for protocol in INET_PROTOCOLS:
+        partly("socket", [equals(0, INET), equals(2, protocol)], [equals(0, INET6), equals(2, protocol)])
+    # What a program expects from a kernel that was built without the family.
+    partly("socket", *([arg] for arg in all_but(0, FAMILIES, bits=8)), refuse=errno.EAFNOSUPPORT)
+    partly("socketpair", [equals(0, UNIX)])
+    for level, options in SOCKET_OPTIONS.items():
+        if options:
+            partly("setsockopt", *([equals(1, level), arg] for arg in all_but(2, options, bits=8)))
+        else:
+            partly("setsockopt", [equals(1, level)])
+    partly("ioctl", *([arg] for arg in all_but(1, TERMINAL_IOCTLS)))
+    partly("prctl", *([arg] for arg in all_but(0, PRCTLS)))
+    partly("arch_prctl", *([equals(0, code)] for code in ARCH_PRCTLS))
+    partly("personality", [equals(0, 0)], [equals(0, 0xFFFFFFFF)])
+    partly("seccomp", [clear(1, _SECCOMP_NEW_LISTENER)])
+    allow.append(Rule(ABSENT, refuse=errno.ENOSYS))
+    # sync(2) flushes every file system of the host: a stall for all. It has no way to fail, so it does nothing.
+    allow.append(Rule(("sync",), refuse=0))
+    return tuple(allow)
+
+
+def document() -> dict[str, object]:
+    """The policy as the seccomp object of an OCI configuration, which is also Docker's profile format."""
+    return {
+        "defaultAction": "SCMP_ACT_ERRNO",  # EPERM
+        "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [_entry(rule) for rule in rules()],
+    }
+
+
+def _entry(rule: Rule) -> dict[str, object]:
+    entry: dict[str, object] = {"names": list(rule.calls), "action": "SCMP_ACT_ALLOW"}
+    if rule.refuse is not None:
+        entry |= {"action": "SCMP_ACT_ERRNO", "errnoRet": rule.refuse}
+    if rule.args:
+        # MASKED_EQ: "value" is the mask and "valueTwo" the datum (libseccomp's SCMP_A*_MASKED_EQ).
+        entry["args"] = [
+            {"index": arg.index, "value": arg.mask, "valueTwo": arg.value, "op": "SCMP_CMP_MASKED_EQ"}
+            for arg in rule.args
+        ]
+    return entry

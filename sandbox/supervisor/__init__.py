@@ -1,0 +1,4 @@
+"""Above one dyno: choosing an engine, building slugs, running, listing and reclaiming.
+
+Imports dyno and everything below; cli imports it.
+"""

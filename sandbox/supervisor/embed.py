@@ -1,0 +1,268 @@
+"""``sandbox run`` without a daemon: the same supervisor, embedded, for one dyno."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sandbox import names
+from sandbox.app import detect
+from sandbox.app import source as sources
+from sandbox.app.detect import Plan
+from sandbox.config import Config
+from sandbox.dyno import exits
+from sandbox.dyno.dyno import Dyno, Launch, Phases, Started
+from sandbox.dyno.exits import Exit
+from sandbox.dyno.watch import Result, Voice, Watch, Wishes
+from sandbox.engine.base import Engine
+from sandbox.errors import UsageError
+from sandbox.host import facts, inside
+from sandbox.host import journal as journals
+from sandbox.host import stack as stacks
+from sandbox.host.oom import KernelLog
+from sandbox.host.stack import Variant
+from sandbox.policy import policy as policies
+from sandbox.policy import sizes
+from sandbox.policy.clauses import Clause
+from sandbox.policy.policy import Policy
+from sandbox.supervisor import engines
+from sandbox.supervisor.build import Builder
+from sandbox.supervisor.reclaim import destroy_container, reclaim
+from sandbox.units import MIB, show
+
+PORT = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything that ``sandbox run`` was asked for. ``command`` empty: the process type's."""
+
+    path: str
+    process_type: str = ""
+    command: tuple[str, ...] = ()
+    size: str = sizes.DEFAULT
+    memory_bytes: int | None = None
+    cpus: float | None = None
+    pids: int | None = None
+    disk_bytes: int | None = None
+    env: tuple[tuple[str, str], ...] = ()
+    engine: str = "auto"
+    runtime: str | None = None
+    waived: frozenset[Clause] = frozenset()
+    tty: bool = False
+    stdin_fd: int = -1
+    timeout_s: float | None = None
+    grace_s: float = 30.0
+    sample_s: float = 20.0
+    boot_timeout_s: float = 60.0
+    get: str = ""  # a path: once the web process is up, fetch it from inside, then stop
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened, for ``--json``."""
+
+    document: dict[str, object]
+    exit: Exit
+
+
+MakeVoice = Callable[[str], Voice]
+Progress = Callable[[str], None]
+
+
+def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Progress, signals: int) -> Report:
+    """Runs one dyno from the app's folder to the end of its process, and takes everything down again.
+
+    ``signals``: a descriptor from which signal numbers come. Raises SandboxError before the start; afterwards the
+    result says how it ended.
+    """
+    phases = Phases()
+    os.umask(0o022)
+    config.make_folders()
+    for container_id, undone in reclaim(config):
+        progress(f"reclaimed {container_id}: {len(undone)} leftovers of a run that was killed")
+    phases.mark("reclaim")
+    host = facts.read()
+    policy = policies.make(
+        sizes.find(request.size),
+        host_memory_bytes=host.memory_bytes,
+        swap=host.swap,
+        memory_bytes=request.memory_bytes,
+        cpus=request.cpus,
+        pids=request.pids,
+        disk_bytes=request.disk_bytes,
+        waived=request.waived,
+    )
+    source = sources.scan(request.path)
+    plan = _plan(source, request)
+    command, process_type = _command(plan, request)
+    engine, why = engines.choose(config, request.engine, request.runtime, request.waived)
+    if request.engine == "auto":
+        progress(f"engine {engine.name} ({engine.runtime}): {why}")
+    stack = stacks.find(config, Variant.RUNTIME)
+    phases.mark("plan")
+    builder = Builder(config, engine, host=host, progress=progress, signals=signals)
+    slug = builder.slug(source, plan, stack)
+    phases.mark("slug")
+    name = f"{process_type}.1" if process_type != "run" else _run_name(config)
+    app = names.app_name(request.path)
+    launch = Launch(
+        name=name,
+        app=app,
+        policy=policy,
+        stack=stack,
+        slug_image=slug.image,
+        command=command,
+        env=_environment(name, process_type, policy, request, plan),
+        tty=request.tty,
+        stdin=request.stdin_fd >= 0,
+    )
+    dyno = Dyno(config, engine, launch, phases=phases)
+    voice = make_voice(name)
+    log = KernelLog()
+    try:
+        dyno.prepare()
+        voice.event(f"Starting process with command `{' '.join(request.command) or plan.process_types().get(process_type, '')}`")
+        started = dyno.start()
+        port = PORT if process_type == "web" else 0
+        result = _watch(engine, started, policy, request, voice, log, signals, port)
+        phases.mark("run")
+        written = dyno.written()
+    finally:
+        log.close()
+        dyno.close(destroy_container(config))
+        phases.mark("teardown")
+    end = exits.describe(result.facts, policy)
+    usage = result.usage
+    document: dict[str, object] = {
+        "dyno": name,
+        "app": app,
+        "id": dyno.container_id,
+        "engine": engine.name,
+        "runtime": engine.runtime,
+        "size": policy.size,
+        "policy_digest": policy.digest(),
+        "stack_digest": stack.digest,
+        "slug_digest": slug.digest,
+        "waived": sorted(clause.value for clause in policy.waived),
+        "status": end.code,
+        "reason": end.reason.value,
+        "message": end.message,
+        "memory_peak_bytes": usage.memory_peak_bytes,
+        "memory_quota_bytes": policy.memory_quota_bytes,
+        "memory_kill_bytes": policy.memory_kill_bytes,
+        "over_quota_samples": result.over_quota_samples,
+        "cpu_us": usage.cpu_us,
+        "pids_peak": usage.pids_peak,
+        "pids_max": policy.pids_max,
+        "pids_refused": usage.pids_refused,
+        "disk_written_bytes": written[0],
+        "disk_written_inodes": written[1],
+        "up_after_ms": None if result.up_after_s is None else round(result.up_after_s * 1000, 1),
+        "phases_ms": phases.ms,
+    }
+    return Report(document, end)
+
+
+def _watch(
+    engine: Engine,
+    started: Started,
+    policy: Policy,
+    request: Request,
+    voice: Voice,
+    log: KernelLog,
+    signals: int,
+    port: int,
+) -> Result:
+    """Watches the dyno to its end."""
+
+    def fetch() -> bool:
+        if not request.get:
+            return False
+        head = f"GET {request.get} HTTP/1.0\r\nHost: {started.container.container_id}\r\n\r\n"
+        answer = inside.connect(started.container.pid, port, head.encode(), timeout_s=10.0)
+        for line in answer.decode("utf-8", "replace").splitlines()[:40]:
+            voice.event(f"GET {request.get}: {line}")
+        return True
+
+    try:
+        return Watch(
+            engine=engine,
+            container=started.container,
+            attachment=started.attachment,
+            cgroup=started.cgroup,
+            totals=started.totals,
+            policy=policy,
+            wishes=Wishes(
+                timeout_s=request.timeout_s,
+                grace_s=request.grace_s,
+                sample_s=request.sample_s,
+                boot_timeout_s=request.boot_timeout_s,
+                port=port,
+                stdin_fd=request.stdin_fd,
+                tty_fd=request.stdin_fd if request.tty else -1,
+            ),
+            voice=voice,
+            kernel_log=log,
+            signals=signals,
+            on_up=fetch,
+        ).run()
+    finally:
+        started.attachment.close()
+
+
+def _plan(source: sources.Source, request: Request) -> Plan:
+    """The app's plan; a command of the user's own replaces the need for a Procfile, not its strictness."""
+    return detect.plan(source, need_command=not request.command)
+
+
+def _command(plan: Plan, request: Request) -> tuple[tuple[str, ...], str]:
+    """What runs behind the gate, and its process type.
+
+    A login shell first, as at Heroku: it reads /app/.profile.d. A command of the user's own is passed as arguments
+    and never parsed by a shell again.
+    """
+    types = plan.process_types()
+    if request.command:
+        return ("/bin/bash", "--login", "-c", 'exec "$@"', "bash", *request.command), request.process_type or "run"
+    process_type = request.process_type or ("web" if "web" in types else next(iter(types)))
+    if process_type not in types:
+        raise UsageError(
+            f"{request.path} has no process type {show(process_type)}.", hint="process types: " + ", ".join(types)
+        )
+    return ("/bin/bash", "--login", "-c", types[process_type]), process_type
+
+
+def _environment(name: str, process_type: str, policy: Policy, request: Request, plan: Plan) -> dict[str, str]:
+    """The app's whole environment. Nothing of ours is inherited. The user's variables win, but not over DYNO."""
+    memory_mib = policy.memory_quota_bytes // MIB
+    env = {
+        "HOME": "/app",
+        "PATH": "/app/.sandbox/python/bin:/app/node_modules/.bin:/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+        "MEMORY_AVAILABLE": str(memory_mib),
+        # Heroku's buildpacks: one worker per WEB_MEMORY (512 MB; 2048 above 16 GiB).
+        "WEB_CONCURRENCY": str(max(1, memory_mib // (512 if memory_mib <= 16384 else 2048))),
+        "PS1": r"\w $ ",
+    }
+    if plan.kind is detect.Kind.PYTHON:
+        env["PYTHONPATH"] = detect.SITE
+    if plan.kind is detect.Kind.NODE:
+        env["NODE_ENV"] = "production"
+    if process_type == "web":
+        env["PORT"] = str(PORT)
+    if request.tty:
+        env["TERM"] = os.environ.get("TERM", "xterm")
+    return {**env, **dict(request.env), "DYNO": name}
+
+
+def _run_name(config: Config) -> str:
+    """``run.NNNN`` that no live dyno of this instance has."""
+    taken = {str(header.get("name")) for _, header in journals.headers(config.journal_dir)}
+    while True:
+        name = f"run.{random.randint(1000, 9999)}"  # noqa: S311 - a name, not a secret
+        if name not in taken:
+            return name

@@ -1,0 +1,125 @@
+"""Finds what dead owners left behind, from journals and from names, and removes it. Runs before every command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from sandbox import names
+from sandbox.config import Config
+from sandbox.dyno import slot
+from sandbox.errors import HostError, SandboxError
+from sandbox.host import cgroup, disk
+from sandbox.host import journal as journals
+from sandbox.host.journal import Journal
+from sandbox.supervisor import engines
+
+
+def destroy_container(config: Config) -> slot.DestroyContainer:
+    """How the container of a journal step is removed, whatever engine made it."""
+
+    def destroy(engine: str, runtime: str, container_id: str, folder: str) -> None:
+        if engine == "oci":
+            _end_strays(container_id)
+        engines.make(config, engine, runtime).destroy(container_id, folder)
+
+    return destroy
+
+
+def _end_strays(container_id: str) -> None:
+    """Kills conmon and runtime processes of a container whose owner died in the middle of making it."""
+    from sandbox.engine.oci import stray_processes
+
+    deadline = time.monotonic() + 10.0
+    while strays := stray_processes(container_id):
+        if time.monotonic() > deadline:
+            raise HostError(f"processes {strays} of {container_id} do not end")
+        for pid in strays:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.005)
+
+
+def reclaim(config: Config) -> list[tuple[str, list[str]]]:
+    """Undoes every journal without a living owner; returns (container id, what was undone) for each.
+
+    Raises HostError, after it has tried all of them, when something could not be removed.
+    """
+    done: list[tuple[str, list[str]]] = []
+    failed: list[str] = []
+    docker_seen = False
+    for path in journals.paths(config.journal_dir):
+        journal = Journal.adopt(path)
+        if journal is None:
+            continue
+        header = journal.header()
+        docker_seen = docker_seen or header.get("engine") == "docker"
+        try:
+            done.append((str(header.get("id", os.path.basename(path))), slot.give_back(config, journal, destroy_container(config))))
+        except SandboxError as error:
+            journal.close()
+            failed.append(error.message)
+    if docker_seen:
+        done += _docker_strays(config)
+    if failed:
+        raise HostError("leftovers remain: " + "; ".join(failed), hint="sandbox gc tries again.")
+    return done
+
+
+def sweep(config: Config) -> list[str]:
+    """Removes what carries this instance's name and is in no journal at all: a journal can be lost."""
+    known = {os.path.basename(path).removesuffix(".jsonl") for path in journals.paths(config.journal_dir)}
+    removed: list[str] = []
+    for name in _list(config.journal_dir):
+        draft = f"{config.journal_dir}/{name}"
+        if name.endswith(".new") and not journals.is_live(draft):
+            os.unlink(draft)
+            removed.append(draft)
+    root = cgroup.Cgroup.at(names.cgroup_root(config.host))
+    for container_id in {name for path in root.paths.values() for name in _list(path)}:
+        if names.is_container_id(container_id, config.host) and container_id not in known:
+            group = cgroup.Cgroup.at(names.cgroup_parent(config.host, container_id))
+            if group.kill() and group.remove():
+                removed.append(f"cgroup {container_id}")
+    for container_id in _list(config.dynos_dir):
+        if container_id not in known:
+            folder = f"{config.dynos_dir}/{container_id}"
+            for target in _mounts_below(folder):
+                disk.unmount(target)
+            disk.remove_tree(folder)
+            removed.append(folder)
+    for name in _list(config.layers_dir):
+        target = f"{config.layers_dir}/{name}"
+        if not any(journals.uses(path, "layer", target) for path in journals.paths(config.journal_dir)):
+            disk.unmount(target)
+            disk.remove_folder(target)
+            removed.append(target)
+    for name in _list(config.disks_dir):
+        container_id = name.removesuffix(".ext4")
+        if names.is_container_id(container_id, config.host) and container_id not in known:
+            os.unlink(f"{config.disks_dir}/{name}")
+            removed.append(f"{config.disks_dir}/{name}")
+    return removed
+
+
+def _docker_strays(config: Config) -> list[tuple[str, list[str]]]:
+    engine = engines.make(config, "docker", None)
+    remove = getattr(engine, "remove_strays", None)
+    keep = {os.path.basename(path).removesuffix(".jsonl") for path in journals.paths(config.journal_dir)}
+    return [(name, ["container"]) for name in (remove(keep) if remove else [])]
+
+
+def _list(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except FileNotFoundError:
+        return []
+
+
+def _mounts_below(folder: str) -> list[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        targets = [line.split(" ", 5)[4] for line in file]
+    return [target for target in reversed(targets) if target.startswith(f"{folder}/")]
