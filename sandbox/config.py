@@ -15,6 +15,7 @@ from sandbox.units import show
 CONFIG_FILE = "/etc/sandbox/config.toml"
 STATE_DIR = "/var/lib/sandbox"
 RUN_DIR = "/run/sandbox"
+DOCKER_HOST = "unix:///var/run/docker.sock"
 # systemd's uid table (UIDS-GIDS) leaves 0x70000000..0x7FFFFFFF unused; Docker accepts user ids below 2^31.
 UID_BASE = 0x70000000
 UID_SLOTS = 4096
@@ -28,7 +29,7 @@ class Config:
 
     state_dir: str
     run_dir: str
-    docker_host: str = "unix:///var/run/docker.sock"
+    docker_host: str = DOCKER_HOST
     uid_base: int = UID_BASE
     uid_slots: int = UID_SLOTS
 
@@ -94,7 +95,7 @@ def load(
                 f"{key} {show(str(value))} is not an absolute path free of , : \\ and quotes.",
                 hint=f"--{key.replace('_', '-')} /some/where",
             )
-    docker = docker_host or env.get("SANDBOX_DOCKER_HOST") or values.get("docker_host", Config.docker_host)
+    docker = docker_host or env.get("SANDBOX_DOCKER_HOST") or values.get("docker_host", DOCKER_HOST)
     base, slots = values.get("uid_base", UID_BASE), values.get("uid_slots", UID_SLOTS)
     if not (isinstance(base, int) and isinstance(slots, int) and base >= 100_000 and slots >= 1):
         raise UsageError(f"{file}: uid_base must be at least 100000 and uid_slots at least 1.")

@@ -1,16 +1,16 @@
 """Every error this product raises on purpose; imports nothing.
 
-    SandboxError
-    ├── UsageError            the command line or the host configuration asks for something that cannot be
-    ├── AppError              what the customer handed in
-    │   └── ProcfileError
-    ├── PolicyError           a value of the policy is out of range
-    ├── HostError             this host, or a program of it, did not do what was asked
-    ├── StackError            the stack image is missing, altered or cannot be built
-    ├── EngineError           the engine refused, or is not there
-    ├── ClauseError           a clause of the policy is not enforced: the start was refused
-    ├── BuildError            the slug could not be built
-    └── NotFound              nothing of that name lives here
+SandboxError
+├── UsageError            the command line or the host configuration asks for something that cannot be
+├── AppError              what the customer handed in
+│   └── ProcfileError
+├── PolicyError           a value of the policy is out of range
+├── HostError             this host, or a program of it, did not do what was asked
+├── StackError            the stack image is missing, altered or cannot be built
+├── EngineError           the engine refused, or is not there
+├── ClauseError           a clause of the policy is not enforced: the start was refused
+├── BuildError            the slug could not be built
+└── NotFound              nothing of that name lives here
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def hostname(dyno: str) -> str:
 
 
 def is_process_type(text: str) -> bool:
-    """Heroku's own pattern for a process type: ``^[-\\w]{1,128}$``, ASCII."""
+    """Heroku's own pattern for a process type: 1 to 128 of letters, digits, ``_`` and ``-``, ASCII."""
     return _PROCESS_TYPE.fullmatch(text) is not None
 
 

@@ -58,7 +58,9 @@ _NPM_INTEGRITY = re.compile(r"(?:sha(?:1|256|384|512)-[A-Za-z0-9+/=]+ ?)+")
 
 SITE = "/app/.sandbox/python"
 _PIP = f"pip install --no-index --find-links /tmp/depot/wheels --no-cache-dir --no-warn-script-location --target {SITE}"
-_NPM = "npm install --offline --omit=dev --no-audit --no-fund --no-update-notifier --cache /tmp/depot/npm --loglevel=error"
+_NPM = (
+    "npm install --offline --omit=dev --no-audit --no-fund --no-update-notifier --cache /tmp/depot/npm --loglevel=error"
+)
 
 
 def plan(source: Source, *, need_command: bool = True) -> Plan:
@@ -79,7 +81,9 @@ def plan(source: Source, *, need_command: bool = True) -> Plan:
 
 
 def _obvious(source: Source, kind: Kind, names: frozenset[str]) -> dict[str, str]:
-    executables = {entry.path for entry in source.entries if entry.kind == "file" and entry.executable and "/" not in entry.path}
+    executables = {
+        entry.path for entry in source.entries if entry.kind == "file" and entry.executable and "/" not in entry.path
+    }
     if kind is Kind.NODE:
         scripts = _package(source).get("scripts")
         if isinstance(scripts, dict) and isinstance(scripts.get("start"), str):
@@ -104,7 +108,9 @@ def _obvious(source: Source, kind: Kind, names: frozenset[str]) -> dict[str, str
 
 def _python(source: Source, names: frozenset[str]) -> tuple[Dependencies | None, str]:
     if "requirements.txt" in names:
-        text = _requirements(source.read("requirements.txt").decode("utf-8", "replace"), f"{source.path}/requirements.txt")
+        text = _requirements(
+            source.read("requirements.txt").decode("utf-8", "replace"), f"{source.path}/requirements.txt"
+        )
         if not text:
             return None, ""
         return Dependencies((("requirements.txt", text),)), f"{_PIP} -r requirements.txt"
@@ -118,7 +124,10 @@ def _python(source: Source, names: frozenset[str]) -> tuple[Dependencies | None,
     if "build-system" not in project and "project" not in project:
         return None, ""  # settings of tools only
     wanted: list[str] = []
-    for value in (project.get("build-system", {}).get("requires", ["setuptools"]), project.get("project", {}).get("dependencies", [])):
+    for value in (
+        project.get("build-system", {}).get("requires", ["setuptools"]),
+        project.get("project", {}).get("dependencies", []),
+    ):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise AppError(f"{where}: requirements must be a list of strings; nothing was started.")
         wanted += value
@@ -186,7 +195,9 @@ def _lock(source: Source) -> str:
         lock = json.loads(source.read("package-lock.json", limit=32 << 20))
         packages = dict(lock["packages"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AppError(f"{where}: not a lock file of version 2 or 3; nothing was started.", hint="npm install --package-lock-only") from error
+        raise AppError(
+            f"{where}: not a lock file of version 2 or 3; nothing was started.", hint="npm install --package-lock-only"
+        ) from error
     for name, entry in packages.items():
         if not isinstance(entry, dict) or ".." in name or (name and not name.startswith("node_modules/")):
             _refuse_npm(where, f"package {show(name)} is not below node_modules")
@@ -199,7 +210,11 @@ def _lock(source: Source) -> str:
             for versions in dict(entry.get(section) or {}).values():
                 if not _NPM_RANGE.fullmatch(str(versions)):
                     _refuse_npm(where, f"package {show(name)}: {show(str(versions))} is not a version range")
-    packages[""] = {k: v for k, v in packages.get("", {}).items() if k in ("dependencies", "optionalDependencies", "devDependencies")}
+    packages[""] = {
+        k: v
+        for k, v in packages.get("", {}).items()
+        if k in ("dependencies", "optionalDependencies", "devDependencies")
+    }
     return json.dumps({"name": "app", "version": "0.0.0", "lockfileVersion": 3, "requires": True, "packages": packages})
 
 

@@ -65,12 +65,33 @@ def pack(config: Config, tree: str, key: str) -> Slug:
     try:
         with open(work, "wb") as file:
             os.fchown(file.fileno(), int(_NOBODY), int(_NOBODY))
-        drop = ("--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
+        drop = (
+            "--reuid",
+            _NOBODY,
+            "--regid",
+            _NOBODY,
+            "--clear-groups",
+            "--no-new-privs",
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+        )
         owner = ("-force-uid", str(APP_UID), "-force-gid", str(APP_UID), "-all-time", "1", "-mkfs-time", "1")
         hostcmd.run(
             [
                 *(hostcmd.require("setpriv", "util-linux"), *drop, hostcmd.require("mksquashfs", "squashfs-tools")),
-                *(tree, work, "-noappend", "-no-xattrs", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "3", *owner),
+                *(
+                    tree,
+                    work,
+                    "-noappend",
+                    "-no-xattrs",
+                    "-no-progress",
+                    "-quiet",
+                    "-comp",
+                    "zstd",
+                    "-Xcompression-level",
+                    "3",
+                    *owner,
+                ),
             ],
             timeout_s=600,
             env=hostcmd.ENVIRONMENT,
@@ -78,7 +99,8 @@ def pack(config: Config, tree: str, key: str) -> Slug:
         size = os.stat(work).st_size
         if size > MAX_BYTES:
             raise AppError(
-                f"the slug has {format_bytes(size)}, at most {format_bytes(MAX_BYTES)} are allowed; nothing was started.",
+                f"the slug has {format_bytes(size)}, at most {format_bytes(MAX_BYTES)} are allowed; "
+                "nothing was started.",
                 hint="name what the app does not need in .slugignore.",
             )
         # Before the digest: from here on nobody can write to it.
@@ -87,7 +109,9 @@ def pack(config: Config, tree: str, key: str) -> Slug:
         digest = file_digest(work)
         os.rename(work, _image(config, digest))
     except HostError as error:
-        raise HostError(f"the slug could not be packed: {error.message}", hint="is the disk full? sandbox gc", details=error.details) from error
+        raise HostError(
+            f"the slug could not be packed: {error.message}", hint="is the disk full? sandbox gc", details=error.details
+        ) from error
     finally:
         if os.path.exists(work):
             os.unlink(work)

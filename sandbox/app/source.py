@@ -66,13 +66,16 @@ class Source:
 def scan(path: str, *, copy_to: str | None = None, built: bool = False) -> Source:
     """Reads the app's folder; with ``copy_to``, copies what it read there (plain files, folders, links; no bits).
 
-    ``built``: the tree is the result of a build; nothing is ignored, and more files are allowed. Raises AppError for anything that cannot be in a slug, with the entry's name.
+    ``built``: the tree is the result of a build; nothing is ignored, and more files are allowed.
+
+    Raises AppError for anything that cannot be in a slug, with the entry's name.
     """
     if not os.path.lexists(path):
         raise AppError(f"{path} does not exist; nothing was started.", hint="sandbox run PATH, the app's folder.")
     if not os.path.isdir(path):
         raise AppError(
-            f"{path} is a file, not an app's folder; nothing was started.", hint=f"sandbox run {os.path.dirname(path) or '.'}"
+            f"{path} is a file, not an app's folder; nothing was started.",
+            hint=f"sandbox run {os.path.dirname(path) or '.'}",
         )
     try:
         root = os.open(path, _FOLDER & ~os.O_NOFOLLOW)
@@ -139,7 +142,12 @@ class _Reader:
             elif stat.S_ISREG(status.st_mode):
                 yield self._file(fd, raw, name)
             else:
-                kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+                kinds = {
+                    stat.S_IFIFO: "a FIFO",
+                    stat.S_IFSOCK: "a socket",
+                    stat.S_IFCHR: "a device",
+                    stat.S_IFBLK: "a device",
+                }
                 self._refuse(name, f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a plain file')}")
 
     def _enter(self, fd: int, raw: str, name: str, depth: int) -> Iterator[Entry]:

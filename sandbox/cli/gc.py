@@ -22,7 +22,11 @@ def command(context: Context, *, as_json: bool) -> None:
     config.make_folders()
     done, swept = reclaim(config), sweep(config)
     if as_json:
-        click.echo(json.dumps({"reclaimed": [{"id": name, "undone": undone} for name, undone in done], "swept": swept}, indent=2))
+        click.echo(
+            json.dumps(
+                {"reclaimed": [{"id": name, "undone": undone} for name, undone in done], "swept": swept}, indent=2
+            )
+        )
         return
     for name, undone in done:
         click.echo(f"{name}: removed {', '.join(undone) or 'its journal'}")

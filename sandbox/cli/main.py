@@ -52,7 +52,7 @@ _FLAGS: dict[str, bool] = {"verbose": False, "debug": False}
 @click.option("--debug", is_flag=True)
 @click.version_option(__version__, message="sandbox %(version)s")
 @click.pass_context
-def cli(  # noqa: PLR0913 - one parameter per option
+def cli(
     ctx: click.Context,
     state_dir: str | None,
     run_dir: str | None,

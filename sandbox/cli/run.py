@@ -38,18 +38,29 @@ MAX_ENV_BYTES = 64 * 1024
 @click.option("--env-file", metavar="FILE", help="Config vars, one K=V a line.")
 @click.option("--engine", default="auto", show_default=True, metavar="auto|oci|docker")
 @click.option("--runtime", metavar="runc|crun|runsc", help="The OCI runtime.")
-@click.option("--waive", multiple=True, metavar="CLAUSE", help="Start although this clause is not enforced (repeatable).")
+@click.option(
+    "--waive", multiple=True, metavar="CLAUSE", help="Start although this clause is not enforced (repeatable)."
+)
 @click.option("--timeout", metavar="TIME", help="End the dyno after that time, exit code 124.")
 @click.option("--grace", default="30s", show_default=True, metavar="TIME", help="Between SIGTERM and SIGKILL.")
-@click.option("--boot-timeout", default="60s", show_default=True, metavar="TIME", help="For a web process to bind $PORT.")
-@click.option("--sample", default="20s", show_default=True, metavar="TIME", help="Between two looks at the memory quota.")
-@click.option("--tty/--no-tty", "want_tty", default=None, help="A terminal for the app; default: a command of yours on a terminal.")
+@click.option(
+    "--boot-timeout", default="60s", show_default=True, metavar="TIME", help="For a web process to bind $PORT."
+)
+@click.option(
+    "--sample", default="20s", show_default=True, metavar="TIME", help="Between two looks at the memory quota."
+)
+@click.option(
+    "--tty/--no-tty",
+    "want_tty",
+    default=None,
+    help="A terminal for the app; default: a command of yours on a terminal.",
+)
 @click.option("--get", metavar="/PATH", help="Once the web process is up, fetch PATH inside the dyno, then stop it.")
 @click.option("--raw", is_flag=True, help="The app's bytes as they are, stdout and stderr apart.")
 @click.option("--json", "as_json", is_flag=True, help="One document on stdout; the app's output on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, and no word on a clean end.")
 @click.pass_obj
-def command(  # noqa: PLR0913 - one parameter per option
+def command(
     context: Context,
     path: str,
     words: tuple[str, ...],
@@ -67,14 +78,14 @@ def command(  # noqa: PLR0913 - one parameter per option
     grace: str,
     boot_timeout: str,
     sample: str,
-    want_tty: bool | None,
     get: str | None,
     *,
+    want_tty: bool | None,
     raw: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Run an app as a dyno, in the foreground.
+    r"""Run an app as a dyno, in the foreground.
 
     \b
     Examples:
@@ -87,7 +98,9 @@ def command(  # noqa: PLR0913 - one parameter per option
     127 not found; 128+N ended by signal N. The reason is on stderr and in --json.
     """
     if os.geteuid() != 0:
-        raise UsageError("sandbox run needs root: it makes namespaces, mounts and cgroups.", hint="sudo sandbox run ...")
+        raise UsageError(
+            "sandbox run needs root: it makes namespaces, mounts and cgroups.", hint="sudo sandbox run ..."
+        )
     if raw and as_json:
         raise UsageError("--raw and --json both want stdout.", hint="choose one.")
     if get is not None and (not get.startswith("/") or not get.isprintable() or " " in get):

@@ -24,7 +24,9 @@ def command(ctx: click.Context, *, as_json: bool) -> None:
     config = ctx.obj.config
     rows = [stacks.find(config, variant) for variant in Variant if stacks.is_current(config, variant)]
     if as_json:
-        click.echo(json.dumps([{"variant": row.variant.value, "digest": row.digest, "image": row.image} for row in rows]))
+        click.echo(
+            json.dumps([{"variant": row.variant.value, "digest": row.digest, "image": row.image} for row in rows])
+        )
         return
     for row in rows:
         click.echo(f"{row.variant.value:<8} SHA256:{row.digest}  {os.path.getsize(row.image) >> 20} MiB  {row.image}")

@@ -216,5 +216,3 @@ def _open_gate(gate: int, env: dict[str, str]) -> None:
             script = script[os.write(gate, script) :]
     except BrokenPipeError as error:
         raise HostError("the container ended at the gate.", hint="sandbox doctor") from error
-
-

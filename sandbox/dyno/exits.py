@@ -75,12 +75,17 @@ def describe(facts: Facts, policy: Policy) -> Exit:
         return Exit(
             NOT_STARTED,
             Reason.SHIM_LOST,
-            "its exit status is unknown: the engine's process that held it was lost; all its processes were ended by SIGKILL",
+            "its exit status is unknown: the engine's process that held it was lost; "
+            "all its processes were ended by SIGKILL",
         )
     if facts.killed_after_grace_s is not None:
         return Exit(status, Reason.EXIT_TIMEOUT, f"stopped with SIGTERM{late}")
     if facts.output_closed:
-        return Exit(status, Reason.OUTPUT_CLOSED, f"stopped with SIGTERM because nobody reads its output any more; status {status}")
+        return Exit(
+            status,
+            Reason.OUTPUT_CLOSED,
+            f"stopped with SIGTERM because nobody reads its output any more; status {status}",
+        )
     if facts.stopped:
         return Exit(status, Reason.STOPPED, f"stopped with SIGTERM; exited with status {status}")
     if status > 128 and status - 128 in {s.value for s in signal.Signals}:

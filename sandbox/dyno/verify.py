@@ -110,7 +110,10 @@ def _no_new_privileges(subject: Subject) -> Iterator[tuple[str, str]]:
 def _seccomp(subject: Subject) -> Iterator[tuple[str, str]]:
     for thread in _threads(subject):
         if thread.seccomp_mode != 2 or thread.seccomp_filters == 0:
-            yield "a system-call filter", f"thread {thread.tid}: mode {thread.seccomp_mode}, {thread.seccomp_filters} filters"
+            yield (
+                "a system-call filter",
+                f"thread {thread.tid}: mode {thread.seccomp_mode}, {thread.seccomp_filters} filters",
+            )
 
 
 def _namespaces(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -172,7 +175,13 @@ def _planned(mount: Mount, lines: list[MountLine], spec: ContainerSpec) -> Itera
         root = f"/{mount.path}" if mount.source is Source.DISK else f"/fixed/{mount.path}"
         if (line.device, line.root) != (device, root):
             yield f"{mount.target} from the dyno's own disk", f"device {line.device}, {line.root}"
-    expected = {Source.PROC: "proc", Source.DEV: "tmpfs", Source.DEVPTS: "devpts", Source.SHM: "tmpfs", Source.APP: "overlay"}
+    expected = {
+        Source.PROC: "proc",
+        Source.DEV: "tmpfs",
+        Source.DEVPTS: "devpts",
+        Source.SHM: "tmpfs",
+        Source.APP: "overlay",
+    }
     fstype = expected.get(mount.source)
     if fstype is not None and line.fstype != fstype:
         yield f"{mount.target} of type {fstype}", line.fstype
@@ -266,7 +275,7 @@ def _descriptors(subject: Subject) -> Iterator[tuple[str, str]]:
     for pid in subject.pids:
         for fd, what in observe.descriptors(pid).items():
             known = what.startswith(("pipe:[", "socket:[", "/dev/pts/")) or what in ("/dev/null", "/run/gate/fifo")
-            if fd > 2 and what != "/run/gate/fifo" or not known:
+            if (fd > 2 and what != "/run/gate/fifo") or not known:
                 yield "standard input and output only", f"process {pid} holds {fd}: {what}"
 
 

@@ -63,6 +63,7 @@ class Result:
     facts: Facts = field(default_factory=lambda: Facts(status=None))
     usage: Usage = field(default_factory=Usage)
     up_after_s: float | None = None
+    answered: bool = False
     over_quota_samples: int = 0
 
 
@@ -206,8 +207,8 @@ class Watch:
         self._voice.event(f"Stopping all processes with {name}")
         self._cgroup.signal(signal.SIGTERM)
         self._deadlines["grace"] = time.monotonic() + self._wishes.grace_s
-        for name in ("timeout", "boot", "boot-limit"):
-            self._deadlines.pop(name, None)
+        for deadline in ("timeout", "boot", "boot-limit"):
+            self._deadlines.pop(deadline, None)
 
     def _kill(self) -> None:
         self._voice.event("Stopping process with SIGKILL")
@@ -256,6 +257,7 @@ class Watch:
         self._voice.event("State changed from starting to up")
         self._state = "up"
         if self._on_up is not None and self._on_up():
+            self._result.answered = True
             self._facts = replace(self._facts, stopped=True)
             self._stop("SIGTERM")
 

@@ -72,17 +72,13 @@ class DockerEngine:
 
     def prepare(self, stack_digest: str, stack_root: str) -> str:
         name = f"sandbox-stack-{self._config.host}:{stack_digest[:16]}"
-        try:
-            self._api.inspect_image(name)
-        except docker.errors.ImageNotFound:
-            repository, _, tag = name.partition(":")
-            answer = self._call(
-                self._api.import_image_from_stream, stacks.tar_stream(stack_root), repository=repository, tag=tag
-            )
-            if "error" in str(answer):
-                raise EngineError(f"Docker did not take the stack image: {escape(str(answer)[-300:])}") from None
-        except _FAULTS as error:
-            raise EngineError(f"Docker: {_said(error)}") from error
+        if self._call(self._api.images, name):
+            return name
+        repository, _, tag = name.partition(":")
+        tree = stacks.tar_stream(stack_root)
+        answer = self._call(self._api.import_image_from_stream, tree, repository=repository, tag=tag)
+        if "error" in str(answer):
+            raise EngineError(f"Docker did not take the stack image: {escape(str(answer)[-300:])}")
         return name
 
     def create(self, spec: ContainerSpec, folder: str) -> Container:
@@ -118,7 +114,7 @@ class DockerEngine:
 
     def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
         try:
-            answer = self._api.wait(container.container_id, timeout=max(1.0, timeout_s))
+            answer = self._api.wait(container.container_id, timeout=max(1, round(timeout_s)))
         except _FAULTS:
             return None
         status = answer.get("StatusCode")

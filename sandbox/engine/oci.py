@@ -70,7 +70,16 @@ class OciEngine:
         argv = [
             *(hostcmd.require("prlimit", "util-linux"), *oci.shim_limits(spec.policy), "--", self._conmon),
             *("--api-version", "1", "-c", spec.container_id, "-u", spec.container_id, "-n", spec.container_id),
-            *("-r", self._runtime_path, "-b", bundle, "-p", f"{folder}/pid", "--conmon-pidfile", f"{folder}/conmon.pid"),
+            *(
+                "-r",
+                self._runtime_path,
+                "-b",
+                bundle,
+                "-p",
+                f"{folder}/pid",
+                "--conmon-pidfile",
+                f"{folder}/conmon.pid",
+            ),
             *("--exit-dir", exits, "--socket-dir-path", folder, "--full-attach", "-l", "none", "--log-level", "error"),
             *("--runtime-arg", f"--root={self._config.runtime_dir}"),
             *(("-t",) if spec.tty else ()),

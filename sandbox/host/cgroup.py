@@ -165,8 +165,8 @@ class Cgroup:
             quota, period = self._v2_cpu()
             weight = self._number("", "cpu.weight")
             programs = device_programs(self.paths[""])
-            devices = None if programs is None else (f"bpf {programs}",)
-            return Limits(memory, total, self._number("", "pids.max"), quota, period, weight, devices)
+            filters = None if programs is None else (f"bpf {programs}",)
+            return Limits(memory, total, self._number("", "pids.max"), quota, period, weight, filters)
         devices = self._text("devices", "devices.list")
         return Limits(
             self._number("memory", "memory.limit_in_bytes"),

@@ -37,7 +37,8 @@ def lease(journal: str, *, base: int, slots: int, folder: str = LEASES) -> str:
     finally:
         os.close(lock)
     raise HostError(
-        f"all {slots} uid ranges from {base} are taken.", hint="`sandbox gc` frees those of dead dynos; or raise uid_slots."
+        f"all {slots} uid ranges from {base} are taken.",
+        hint="`sandbox gc` frees those of dead dynos; or raise uid_slots.",
     )
 
 

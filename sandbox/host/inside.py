@@ -28,7 +28,10 @@ def _in_child(action: Callable[[], None], what: str) -> None:
 
 
 def restrict_engine_mounts(pid: int) -> None:
-    """Adds the flags that Docker leaves out on its own mounts: nosuid and nodev on /, noexec on /dev."""
+    """What Docker leaves out on its own mounts: nosuid and nodev on /, noexec on /dev, and no tie to the host's /.
+
+    Docker makes the container's root a slave of the host's mount: what the host mounts below it would show up inside.
+    """
     fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
 
     def action() -> None:

@@ -53,7 +53,7 @@ def recipe_dir() -> str:
 def recipe_digest(variant: Variant) -> str:
     """The digest of all inputs that are ours: a change of the recipe asks for a new image."""
     digest = hashlib.sha256()
-    for name in ("suite", "epoch", "exclude", "runtime.packages", "build.packages"):
+    for name in ("suite", "epoch", "exclude", "profile", "runtime.packages", "build.packages"):
         if name == "build.packages" and variant is Variant.RUNTIME:
             continue
         digest.update(_recipe(name).encode() + b"\0")
@@ -139,12 +139,26 @@ def build(config: Config, variant: Variant, *, progress: Progress) -> Stack:
         progress(f"{variant.value} stack: packing")
         draft = f"{work}/image"
         hostcmd.run(
-            [mksquashfs, root, draft, "-noappend", "-no-xattrs", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "6"],
+            [
+                mksquashfs,
+                root,
+                draft,
+                "-noappend",
+                "-no-xattrs",
+                "-no-progress",
+                "-quiet",
+                "-comp",
+                "zstd",
+                "-Xcompression-level",
+                "6",
+            ],
             timeout_s=900,
             env=environment,
         )
         digest = file_digest(draft)
-        stack = Stack(variant, digest, f"{config.stack_dir}/{digest}.squashfs", f"{config.stack_dir}/{digest}.manifest.json")
+        stack = Stack(
+            variant, digest, f"{config.stack_dir}/{digest}.squashfs", f"{config.stack_dir}/{digest}.manifest.json"
+        )
         with open(f"{work}/manifest", "wb") as file:
             file.write(manifest)
         os.chmod(draft, 0o400)
@@ -239,6 +253,8 @@ def _clean(root: str) -> None:
             os.unlink(f"{root}/{name}")
         with open(f"{root}/{name}", "w", encoding="ascii"):
             pass
+    with open(f"{root}/etc/profile", "w", encoding="utf-8") as file:
+        file.write(_recipe("profile"))
     # Docker replaces /etc/mtab by this very link; made here, both engines show the same.
     if os.path.lexists(f"{root}/etc/mtab"):
         os.unlink(f"{root}/etc/mtab")
@@ -270,7 +286,11 @@ def _manifest(root: str) -> dict[str, dict[str, str | int]]:
         for name in (*folders, *names):
             full = f"{path}/{name}"
             status = os.lstat(full)
-            entry: dict[str, str | int] = {"mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid, "gid": status.st_gid}
+            entry: dict[str, str | int] = {
+                "mode": stat.S_IMODE(status.st_mode),
+                "uid": status.st_uid,
+                "gid": status.st_gid,
+            }
             if stat.S_ISLNK(status.st_mode):
                 entry["link"] = os.readlink(full)
             elif stat.S_ISREG(status.st_mode):

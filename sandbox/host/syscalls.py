@@ -43,7 +43,7 @@ def _check(result: int, what: str) -> int:
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
-    """mount(2)."""
+    """Mounts, like the call in mount(2); OSError names type and target."""
     _check(
         _libc.mount(source.encode(), target.encode(), fstype.encode(), flags, data.encode() or None),
         f"mount {fstype} at {target}",
@@ -56,12 +56,12 @@ def umount(target: str, *, detach: bool = False) -> None:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2)."""
+    """Leaves the namespaces of those CLONE_NEW flags, see unshare(2)."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def setns(fd: int, kind: int) -> None:
-    """setns(2)."""
+    """Enters the namespace behind a descriptor, see setns(2)."""
     _check(_libc.setns(fd, kind), "setns")
 
 
@@ -79,9 +79,7 @@ def clone_mount(source: str, target: str, *, attributes: int, userns_fd: int | N
         idmap = 0 if userns_fd is None else _ATTR_IDMAP
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd; private from birth.
         attr = struct.pack("=QQQQ", attributes | idmap, 0, MS_PRIVATE, userns_fd or 0)
-        _check(
-            _libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, len(attr)), f"mount_setattr {source}"
-        )
+        _check(_libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, len(attr)), f"mount_setattr {source}")
         _check(
             _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH),
             f"move_mount {target}",
@@ -91,8 +89,8 @@ def clone_mount(source: str, target: str, *, attributes: int, userns_fd: int | N
 
 
 def restrict_mount(target: str, *, attributes: int) -> None:
-    """Adds restrictions to the mount at ``target``, in the caller's mount namespace."""
-    attr = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    """Adds restrictions to the mount at ``target``, in the caller's mount namespace, and makes it private."""
+    attr = struct.pack("=QQQQ", attributes, 0, MS_PRIVATE, 0)
     _check(
         _libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, target.encode(), _AT_SYMLINK_NOFOLLOW, attr, len(attr)),
         f"mount_setattr {target}",

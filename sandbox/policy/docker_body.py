@@ -41,7 +41,12 @@ def create_body(spec: ContainerSpec) -> Json:
 def _host_config(spec: ContainerSpec) -> Json:
     policy = spec.policy
     binds = [
-        {"Type": "bind", "Source": bind_source(mount, spec), "Target": mount.target, "BindOptions": {"Propagation": "private"}}
+        {
+            "Type": "bind",
+            "Source": bind_source(mount, spec),
+            "Target": mount.target,
+            "BindOptions": {"Propagation": "private"},
+        }
         # Read-only ones come from a mount that is read-only already: Docker's own "ReadOnly" is a remount that
         # forgets nosuid, nodev and noexec (runc 1.1 remounts with the flags it was given only).
         for mount in mounts.PLAN
@@ -49,7 +54,7 @@ def _host_config(spec: ContainerSpec) -> Json:
     ]
     host: Json = {
         "Mounts": binds,
-        "Tmpfs": {"/dev/shm": _shm(policy)},  # noqa: S108 - a path inside the dyno
+        "Tmpfs": {"/dev/shm": _shm(policy)},
         "ReadonlyRootfs": True,
         "NetworkMode": "host" if policy.network is Network.HOST else "none",
         "IpcMode": "private",
@@ -68,9 +73,7 @@ def _host_config(spec: ContainerSpec) -> Json:
         "OomScoreAdj": policy.oom_score,
         "MaskedPaths": list(mounts.MASKED),
         "ReadonlyPaths": list(mounts.READ_ONLY),
-        "Ulimits": [
-            {"Name": limit.name.lower(), "Soft": limit.soft, "Hard": limit.hard} for limit in policy.rlimits
-        ],
+        "Ulimits": [{"Name": limit.name.lower(), "Soft": limit.soft, "Hard": limit.hard} for limit in policy.rlimits],
         "LogConfig": {"Type": "none", "Config": {}},
     }
     if policy.holds(Clause.MEMORY):

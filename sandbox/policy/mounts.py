@@ -48,8 +48,8 @@ PLAN = (
     Mount("/etc/hostname", Source.FIXED, "etc/hostname"),
     Mount("/etc/resolv.conf", Source.FIXED, "etc/resolv.conf"),
     Mount("/app", Source.APP, read_only=False, exec=True),
-    Mount("/tmp", Source.DISK, "tmp", read_only=False, exec=True),  # noqa: S108 - a path inside the dyno
-    Mount("/var/tmp", Source.DISK, "vartmp", read_only=False, exec=True),  # noqa: S108 - a path inside the dyno
+    Mount("/tmp", Source.DISK, "tmp", read_only=False, exec=True),
+    Mount("/var/tmp", Source.DISK, "vartmp", read_only=False, exec=True),
 )
 
 # Files read as empty (/dev/null bound over them), folders as an empty read-only tmpfs: kernel addresses, the host's
@@ -57,8 +57,8 @@ PLAN = (
 MASKED = tuple(
     f"/proc/{name}"
     for name in """
-    acpi asound bootconfig buddyinfo cmdline config.gz crypto diskstats dma driver dynamic_debug execdomains fb interrupts
-    iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats locks mdstat misc
+    acpi asound bootconfig buddyinfo cmdline config.gz crypto diskstats dma driver dynamic_debug execdomains fb
+    interrupts iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats locks mdstat misc
     modules mtrr pagetypeinfo partitions pressure sched_debug schedstat scsi slabinfo softirqs swaps timer_list
     timer_stats tty vmallocinfo zoneinfo
     """.split()

@@ -128,9 +128,7 @@ def for_build(size: Size, *, host_memory_bytes: int, swap: bool, network: Networ
     """The policy of a build or fetch dyno: the same wall, with more room on disk and no CPU cap."""
     base = make(size, host_memory_bytes=host_memory_bytes, swap=swap, network=network)
     disk = 4 * 1024 * MIB
-    return replace(
-        base, disk_bytes=disk, disk_inodes=262_144, cpu_quota_us=0, rlimits=_rlimits(base.pids_max, disk)
-    )
+    return replace(base, disk_bytes=disk, disk_inodes=262_144, cpu_quota_us=0, rlimits=_rlimits(base.pids_max, disk))
 
 
 def _lower(value: int | None, top: int, what: str, least: int, size: str, *, bytes_: bool = False) -> int:

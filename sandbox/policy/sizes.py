@@ -44,7 +44,13 @@ def _table() -> dict[str, Size]:
         "performance-xl": (62 * GIB, 74 * GIB, 32768, 50 * 1024, 0.0),
         "performance-2xl": (126 * GIB, 151 * GIB, 65536, 100 * 1024, 0.0),
     }
-    disks = {"performance-m": 4, "performance-l": 8, "performance-l-ram": 8, "performance-xl": 16, "performance-2xl": 16}
+    disks = {
+        "performance-m": 4,
+        "performance-l": 8,
+        "performance-l-ram": 8,
+        "performance-xl": 16,
+        "performance-2xl": 16,
+    }
     return {
         name: Size(name, *row, disk_bytes=disks.get(name, 1) * GIB, disk_inodes=disks.get(name, 1) * 65536)
         for name, row in rows.items()

@@ -74,7 +74,7 @@ class Builder:
             return found
         # Beside the slugs, not in a temporary folder: it can hold as much as a slug does.
         with tempfile.TemporaryDirectory(prefix=".work-", dir=self._config.slugs_dir) as work:
-            os.chmod(work, 0o755)  # mksquashfs reads it as nobody
+            os.chmod(work, 0o755)  # noqa: S103 - mksquashfs reads it as nobody
             staged = f"{work}/staged"
             os.mkdir(staged, 0o755)
             if sources.scan(source.path, copy_to=staged).digest != source.digest:
@@ -96,7 +96,7 @@ class Builder:
         nothing = slugs.pack(self._config, empty, hashlib.sha256(b"nothing").hexdigest())
         env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         if os.path.exists(_CERTIFICATES):
-            name = "/tmp/fetch/ca.pem"  # noqa: S108 - a path inside the dyno
+            name = "/tmp/fetch/ca.pem"
             env |= {"PIP_CERT": name, "SSL_CERT_FILE": name, "NODE_EXTRA_CA_CERTS": name}
         dependencies = plan.dependencies
         depot = f"{work}/depot"
@@ -161,7 +161,7 @@ class Builder:
             stack=stack,
             slug_image=slug.image,
             command=("/bin/bash", "-c", command),
-            env={"HOME": "/tmp/home", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **env},  # noqa: S108
+            env={"HOME": "/tmp/home", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **env},
             resolv_conf=resolv,
         )
         dyno = Dyno(self._config, self._engine, launch)
@@ -185,7 +185,13 @@ class Builder:
             ).run()
             facts = result.facts
             if facts.status != 0 or facts.oom or facts.stopped:
-                why = "ran out of memory" if facts.oom else "was stopped" if facts.stopped else f"failed with status {facts.status}"
+                why = (
+                    "ran out of memory"
+                    if facts.oom
+                    else "was stopped"
+                    if facts.stopped
+                    else f"failed with status {facts.status}"
+                )
                 raise BuildError(
                     f"the {name} step {why}; nothing was started.",
                     hint="the last lines above are its own." if voice.tail else "sandbox doctor",

@@ -14,7 +14,7 @@ from sandbox.app.detect import Plan
 from sandbox.config import Config
 from sandbox.dyno import exits
 from sandbox.dyno.dyno import Dyno, Launch, Phases, Started
-from sandbox.dyno.exits import Exit
+from sandbox.dyno.exits import Exit, Reason
 from sandbox.dyno.watch import Result, Voice, Watch, Wishes
 from sandbox.engine.base import Engine
 from sandbox.errors import UsageError
@@ -124,7 +124,9 @@ def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Pr
     log = KernelLog()
     try:
         dyno.prepare()
-        voice.event(f"Starting process with command `{' '.join(request.command) or plan.process_types().get(process_type, '')}`")
+        voice.event(
+            f"Starting process with command `{' '.join(request.command) or plan.process_types().get(process_type, '')}`"
+        )
         started = dyno.start()
         port = PORT if process_type == "web" else 0
         result = _watch(engine, started, policy, request, voice, log, signals, port)
@@ -135,6 +137,8 @@ def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Pr
         dyno.close(destroy_container(config))
         phases.mark("teardown")
     end = exits.describe(result.facts, policy)
+    if request.get and result.answered and end.reason is Reason.STOPPED:
+        end = Exit(0, Reason.STOPPED, "answered, and was stopped with SIGTERM")
     usage = result.usage
     document: dict[str, object] = {
         "dyno": name,

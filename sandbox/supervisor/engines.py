@@ -17,7 +17,9 @@ def make(config: Config, name: str, runtime: str | None) -> Engine:
     """The engine of that name (``oci`` or ``docker``). EngineError when it is not there."""
     if name == "docker":
         if runtime not in (None, "runc"):
-            raise UsageError(f"--runtime {show(str(runtime))} goes with --engine oci; Docker uses its own default runtime.")
+            raise UsageError(
+                f"--runtime {show(str(runtime))} goes with --engine oci; Docker uses its own default runtime."
+            )
         from sandbox.engine.docker import DockerEngine  # its package takes 0.2 s to import
 
         return DockerEngine(config)

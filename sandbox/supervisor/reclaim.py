@@ -58,7 +58,12 @@ def reclaim(config: Config) -> list[tuple[str, list[str]]]:
         header = journal.header()
         docker_seen = docker_seen or header.get("engine") == "docker"
         try:
-            done.append((str(header.get("id", os.path.basename(path))), slot.give_back(config, journal, destroy_container(config))))
+            done.append(
+                (
+                    str(header.get("id", os.path.basename(path))),
+                    slot.give_back(config, journal, destroy_container(config)),
+                )
+            )
         except SandboxError as error:
             journal.close()
             failed.append(error.message)

@@ -1,0 +1,91 @@
+# `make run` and `make test` set up what is missing; every step is skipped when it is done already.
+# Root is needed: packages are installed, and dynos are made of namespaces, mounts and cgroups.
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+APP     ?=
+STATE   ?= $(or $(SANDBOX_STATE_DIR),/var/lib/sandbox)
+export SANDBOX_STATE_DIR := $(STATE)
+# Byte code is written at set-up; a start that compiles takes three times as long.
+unexport PYTHONDONTWRITEBYTECODE
+
+HOST_PROGRAMS := runc conmon mksquashfs mmdebstrap mkfs.ext4 setpriv prlimit
+HOST_PACKAGES := runc conmon squashfs-tools mmdebstrap e2fsprogs util-linux ca-certificates
+TEST_PROGRAMS := dockerd gcc nft
+TEST_PACKAGES := docker.io gcc libc6-dev nftables iproute2
+
+.PHONY: run setup setup-test host stack venv test check unit root security bench clean install help
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make run              set up what is missing, run examples/python-web, show it answering, stop it
+## make run APP=./app    the same set-up, then your app in the foreground
+run: setup
+ifeq ($(APP),)
+	$(BIN)/sandbox run --get / examples/python-web
+else
+	$(BIN)/sandbox run $(APP)
+endif
+
+## make setup            host packages, Python packages, stack image
+setup: host venv stack
+
+host:
+	@PATH=$$PATH:/usr/sbin:/sbin; missing=; for p in $(HOST_PROGRAMS); do command -v $$p >/dev/null || missing=1; done; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing=1; \
+	if [ -n "$$missing" ]; then echo "-----> installing host packages"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  $(HOST_PACKAGES) python3 python3-venv >/dev/null; fi
+
+venv: $(VENV)/.run
+	@$(BIN)/python -m compileall -q sandbox
+$(VENV)/.run: requirements/run.txt pyproject.toml
+	@echo "-----> installing Python packages"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/run.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.run
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
+	@touch $@
+
+stack: venv
+	@$(BIN)/sandbox stack build
+
+setup-test: setup $(VENV)/.dev
+	@PATH=$$PATH:/usr/sbin:/sbin; missing=; for p in $(TEST_PROGRAMS); do command -v $$p >/dev/null || missing=1; done; \
+	if [ -n "$$missing" ]; then echo "-----> installing packages for the tests"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  $(TEST_PACKAGES) >/dev/null; fi
+
+## make test             set up what is missing, then every test tier that this machine can run
+test: setup-test check
+	$(BIN)/python -m pytest tests/root tests/security
+
+## make check            format, lint, types, import contracts, unit tests; no root
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit
+
+root security: setup-test
+	$(BIN)/python -m pytest tests/$@
+
+## make bench            measure against docker run; writes docs/PERFORMANCE.md
+bench: setup-test
+	$(BIN)/python -m tests.bench
+
+## make install          put sandbox on the PATH
+install: setup
+	ln -sf $(abspath $(BIN)/sandbox) /usr/local/bin/sandbox
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
