@@ -58,9 +58,9 @@ MASKED = tuple(
     f"/proc/{name}"
     for name in """
     acpi asound bootconfig buddyinfo cmdline config.gz crypto diskstats dma driver dynamic_debug execdomains fb
-    interrupts iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats locks mdstat misc
-    modules mtrr pagetypeinfo partitions pressure sched_debug schedstat scsi slabinfo softirqs swaps timer_list
-    timer_stats tty vmallocinfo zoneinfo
+    interrupts iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats
+    locks mdstat misc modules mtrr pagetypeinfo partitions pressure sched_debug schedstat scsi slabinfo softirqs
+    swaps timer_list timer_stats tty vmallocinfo zoneinfo
     """.split()
 )
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
