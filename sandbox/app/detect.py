@@ -51,10 +51,10 @@ _VERSION = r"(?:===|==|~=|!=|<=|>=|<|>)\s*[A-Za-z0-9.*+!_-]+"
 _VERSIONS = rf"(?:\(?\s*{_VERSION}(?:\s*,\s*{_VERSION})*\s*\)?)?"
 _MARKER = r"(?:;[\sA-Za-z0-9_.'\"()<>=!~,-]+)?"
 _HASHES = r"(?:\s+--hash=sha256:[0-9a-f]{64})*"
-_REQUIREMENT = re.compile(rf"{_NAME}\s*{_EXTRAS}\s*{_VERSIONS}\s*{_MARKER}{_HASHES}")
-_NPM_NAME = re.compile(r"(?:@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*", re.IGNORECASE)
-_NPM_RANGE = re.compile(r"[0-9A-Za-z.^~<>=|*+ -]{0,256}")
-_NPM_INTEGRITY = re.compile(r"(?:sha(?:1|256|384|512)-[A-Za-z0-9+/=]+ ?)+")
+_REQUIREMENT = rf"{_NAME}\s*{_EXTRAS}\s*{_VERSIONS}\s*{_MARKER}{_HASHES}"
+_NPM_NAME = r"(?:@[A-Za-z0-9~-][A-Za-z0-9._~-]*/)?[A-Za-z0-9~-][A-Za-z0-9._~-]*"
+_NPM_RANGE = r"[0-9A-Za-z.^~<>=|*+ -]{0,256}"
+_NPM_INTEGRITY = r"(?:sha(?:1|256|384|512)-[A-Za-z0-9+/=]+ ?)+"
 
 SITE = "/app/.sandbox/python"
 _PIP = f"pip install --no-index --find-links /tmp/depot/wheels --no-cache-dir --no-warn-script-location --target {SITE}"
@@ -143,7 +143,7 @@ def _requirements(text: str, path: str, *, numbered: bool = True) -> str:
         requirement = re.sub(r"(^|\s)#.*$", "", line).strip()
         if not requirement:
             continue
-        if not _REQUIREMENT.fullmatch(requirement):
+        if not re.fullmatch(_REQUIREMENT, requirement):
             where = f"{path}:{number}" if numbered else path
             raise AppError(
                 f"{where}: {show(requirement)} is not a package name with versions; nothing was started.",
@@ -173,7 +173,11 @@ def _node(source: Source, names: frozenset[str]) -> tuple[Dependencies | None, s
         if not isinstance(wanted, dict):
             raise AppError(f"{where}: {section} is not an object; nothing was started.")
         for name, versions in wanted.items():
-            if not _NPM_NAME.fullmatch(name) or not isinstance(versions, str) or not _NPM_RANGE.fullmatch(versions):
+            if (
+                not re.fullmatch(_NPM_NAME, name)
+                or not isinstance(versions, str)
+                or not re.fullmatch(_NPM_RANGE, versions)
+            ):
                 _refuse_npm(where, f"{section}: {show(f'{name}: {versions}')} is not a name with a version range")
         if wanted:
             kept[section] = wanted
@@ -201,14 +205,14 @@ def _lock(source: Source) -> str:
     for name, entry in packages.items():
         if not isinstance(entry, dict) or ".." in name or (name and not name.startswith("node_modules/")):
             _refuse_npm(where, f"package {show(name)} is not below node_modules")
-        if entry.get("link") or not _NPM_RANGE.fullmatch(str(entry.get("version", ""))):
+        if entry.get("link") or not re.fullmatch(_NPM_RANGE, str(entry.get("version", ""))):
             _refuse_npm(where, f"package {show(name)} is a link or has no version")
-        if not _NPM_INTEGRITY.fullmatch(str(entry.get("integrity", "sha1-x"))):
+        if not re.fullmatch(_NPM_INTEGRITY, str(entry.get("integrity", "sha1-x"))):
             _refuse_npm(where, f"package {show(name)} has a malformed integrity hash")
         entry.pop("resolved", None)
         for section in ("dependencies", "optionalDependencies", "peerDependencies"):
             for versions in dict(entry.get(section) or {}).values():
-                if not _NPM_RANGE.fullmatch(str(versions)):
+                if not re.fullmatch(_NPM_RANGE, str(versions)):
                     _refuse_npm(where, f"package {show(name)}: {show(str(versions))} is not a version range")
     packages[""] = {
         k: v

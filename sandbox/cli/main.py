@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import traceback
 from dataclasses import dataclass
 
 import click
@@ -87,6 +86,8 @@ def run_cli(arguments: list[str]) -> int:
         click.echo(f"Error: {type(error).__name__}: {error}", err=True)
         click.echo("Hint: this is a bug of sandbox; run it again with --debug and report what it prints.", err=True)
         if _FLAGS["debug"]:
+            import traceback
+
             traceback.print_exc()
         return _not_started(arguments, 1)
     return result if isinstance(result, int) else 0
@@ -105,4 +106,6 @@ def show_error(error: SandboxError) -> None:
     if error.details and _FLAGS["verbose"]:
         click.echo(error.details, err=True)
     if _FLAGS["debug"]:
+        import traceback
+
         traceback.print_exception(error)

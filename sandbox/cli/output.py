@@ -1,15 +1,10 @@
-"""How a run speaks: Heroku's lines, raw bytes, or a terminal; and progress on stderr."""
+"""How a run speaks: Heroku's lines, raw bytes, or a terminal."""
 
 from __future__ import annotations
-
-import os
-import sys
-import time
 
 from sandbox.dyno.logs import Framer, line
 from sandbox.dyno.outlet import Outlet
 from sandbox.engine.base import Stream
-from sandbox.units import escape
 
 
 class LineVoice:
@@ -73,19 +68,3 @@ class QuietVoice(RawVoice):
 def _drain(outlets: list[Outlet]) -> None:
     for outlet in outlets:
         outlet.drain(60.0)
-
-
-class Progress:
-    """Long work on stderr: one line that is rewritten on a terminal, plain lines elsewhere."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._animated = os.isatty(2) and os.environ.get("TERM") != "dumb"
-        self._since = time.monotonic()
-
-    def __call__(self, message: str) -> None:
-        if self._quiet:
-            return
-        elapsed = time.monotonic() - self._since
-        sys.stderr.write(f"-----> {escape(message)}" + (f" ({elapsed:.0f} s)" if elapsed >= 1 else "") + "\n")
-        sys.stderr.flush()

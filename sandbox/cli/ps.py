@@ -24,7 +24,7 @@ def command(context: Context, *, as_json: bool, no_headers: bool) -> None:
     for path, header in journals.headers(context.config.journal_dir):
         if not journals.is_live(path):
             continue
-        usage = Cgroup.at(names.cgroup_parent(context.config.host, str(header["id"]))).usage()
+        usage = Cgroup.at(names.cgroup(str(header["id"]))).usage()
         started = header.get("started")
         age = time.time() - started if isinstance(started, float) else 0.0
         rows.append(

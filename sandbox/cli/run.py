@@ -6,21 +6,22 @@ import json
 import os
 import signal
 import sys
-import termios
-import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from sandbox import names, units
 from sandbox.cli.main import Context
-from sandbox.cli.output import LineVoice, Progress, QuietVoice, RawVoice
-from sandbox.dyno.watch import Voice
+from sandbox.cli.progress import Progress
 from sandbox.errors import UsageError
 from sandbox.policy.clauses import parse_waivers
 from sandbox.supervisor import embed
 from sandbox.units import show
+
+if TYPE_CHECKING:
+    from sandbox.dyno.watch import Voice
 
 # Heroku's limit on all config vars of an app together is 64 kB (unconfirmed there; a bound here in any case).
 MAX_ENV_BYTES = 64 * 1024
@@ -132,19 +133,30 @@ def command(
     )
 
     def make_voice(name: str) -> Voice:
+        from sandbox.cli.output import LineVoice, QuietVoice, RawVoice
+
         if as_json:
             return QuietVoice(name)
         return RawVoice(name) if raw or interactive else LineVoice(name)
 
     with _signals(resize=interactive) as signals, _raw_terminal(on=interactive):
         report = embed.run(
-            context.config, request, make_voice=make_voice, progress=Progress(quiet=quiet), signals=signals
+            context.config,
+            request,
+            make_voice=make_voice,
+            progress=Progress(quiet=quiet),
+            signals=signals,
+            meanwhile=_load_voices,
         )
     if as_json:
         sys.stdout.write(json.dumps(report.document, indent=2) + "\n")
     if not (quiet and report.exit.code == 0):
         click.echo(f"sandbox: {report.document['dyno']} {report.exit.message}", err=True)
     return report.exit.code
+
+
+def _load_voices() -> None:
+    import sandbox.cli.output  # noqa: F401 - loaded while the engine works
 
 
 def _words(words: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -227,6 +239,9 @@ def _raw_terminal(*, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
+    import termios
+    import tty
+
     saved = termios.tcgetattr(0)
     tty.setraw(0)
     try:

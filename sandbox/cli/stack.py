@@ -8,7 +8,7 @@ import os
 import click
 
 from sandbox.cli.main import Context
-from sandbox.cli.output import Progress
+from sandbox.cli.progress import Progress
 from sandbox.errors import UsageError
 from sandbox.host import stack as stacks
 from sandbox.host.stack import Variant

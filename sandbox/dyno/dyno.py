@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sandbox import names
 from sandbox.config import Config
 from sandbox.dyno import slot as slots
-from sandbox.dyno import verify
 from sandbox.dyno.slot import DestroyContainer, Slot
 from sandbox.engine.base import Attachment, Container, Engine
 from sandbox.errors import ClauseError, EngineError, HostError
@@ -109,8 +110,10 @@ class Dyno:
         self.phases.mark("slot")
         return self.slot
 
-    def start(self) -> Started:
+    def start(self, *, meanwhile: Callable[[], None] = lambda: None) -> Started:
         """Creates the container, reads the wall back behind the gate, and opens the gate.
+
+        ``meanwhile`` runs while the engine works: what is needed later can be loaded then.
 
         Raises ClauseError, which names every clause that is not enforced; then no instruction of the app has run.
         """
@@ -127,13 +130,18 @@ class Dyno:
             paths=slot.paths,
             uid_base=slot.uid_base,
             userns_path=slot.userns_path,
-            cgroup_parent=names.cgroup_parent(self._config.host, self.container_id),
+            cgroup=names.cgroup(self.container_id),
             tty=launch.tty,
             stdin=launch.stdin,
             stack_image=image,
         )
         journal.record("container", self.container_id, engine=engine.name, runtime=engine.runtime)
-        container = engine.create(spec, slot.folder)
+        loader = threading.Thread(target=meanwhile)
+        loader.start()
+        try:
+            container = engine.create(spec, slot.folder)
+        finally:
+            loader.join()
         self.phases.mark("create")
         attachment = engine.attach(container)
         container = engine.start(container)
@@ -150,13 +158,15 @@ class Dyno:
         finally:
             os.close(gate)
         self.phases.mark("gate")
-        totals = Cgroup.at(spec.cgroup_parent)
+        totals = Cgroup.at(spec.cgroup)
         return Started(container, attachment, cgroup, totals if totals.exists() else cgroup)
 
     def _verify(self, spec: ContainerSpec, container: Container, cgroup: Cgroup) -> None:
         pids = tuple(sorted(cgroup.pids(), key=lambda pid: pid != container.pid))
         if not pids or pids[0] != container.pid:
             raise EngineError("the container's init is not in its cgroup.", hint="sandbox doctor")
+        from sandbox.dyno import verify  # loaded by ``meanwhile``
+
         subject = verify.Subject(spec, self._engine.user_namespaces, pids, cgroup)
         found = verify.differences(subject)
         if found:

@@ -78,7 +78,7 @@ def take(
         files=_files(policy, hostname, APP_UID if user_namespace else uid, resolv_conf),
     )
     # Recorded now, made by the runtime: it creates the cgroup in every hierarchy.
-    journal.record("cgroup", names.cgroup_parent(config.host, container_id))
+    journal.record("cgroup", names.cgroup(container_id))
     return Slot(container_id, folder, uid_base, userns, paths, stack_layer)
 
 
@@ -135,23 +135,17 @@ Undo = Callable[[Config, Journal, dict[str, str], DestroyContainer], None]
 
 def _undo_container(config: Config, _: Journal, step: dict[str, str], destroy: DestroyContainer) -> None:
     folder = f"{config.dynos_dir}/{step['name']}"
-    group = Cgroup.at(names.cgroup_parent(config.host, step["name"]))
+    group = Cgroup.at(names.cgroup(step["name"]))
     group.kill()
     destroy(step["engine"], step["runtime"], step["name"], folder)
     if not group.kill():
         raise HostError("its processes do not end")
 
 
-def _undo_cgroup(config: Config, _: Journal, step: dict[str, str], __: DestroyContainer) -> None:
+def _undo_cgroup(_: Config, __: Journal, step: dict[str, str], ___: DestroyContainer) -> None:
     group = Cgroup.at(step["name"])
     if not (group.kill() and group.remove()):
         raise HostError("it is not empty")
-    # The instance's own cgroup goes with its last dyno; with dynos in it, the kernel refuses.
-    for path in set(Cgroup.at(names.cgroup_root(config.host)).paths.values()):
-        try:
-            os.rmdir(path)
-        except OSError:
-            continue
 
 
 def _undo_mount(_: Config, __: Journal, step: dict[str, str], ___: DestroyContainer) -> None:

@@ -306,7 +306,7 @@ class Watch:
         key = "" if self._cgroup.is_v2 else "memory"
         path = self._totals.paths.get(key, "")
         # The kernel's log names the cgroup by its path below the hierarchy's mount point.
-        return self._log.victims(path[path.rindex("/sandbox-") :]) if "/sandbox-" in path else []
+        return self._log.victims(path[path.rindex("/sbx-") :]) if "/sbx-" in path else []
 
     def _end(self) -> None:
         """Init is gone and the kernel has ended all it had: the rest of the output, the figures, the status."""

@@ -86,7 +86,7 @@ class DockerEngine:
         labels = body["Labels"]
         assert isinstance(labels, dict)  # noqa: S101 - our own literal, for the type checker
         labels[_HOST_LABEL] = self._config.host
-        parent = self._cgroup_parent(spec.cgroup_parent)
+        parent = self._cgroup_parent(spec.cgroup)
         host = body["HostConfig"]
         assert isinstance(host, dict)  # noqa: S101 - our own literal, for the type checker
         host["CgroupParent"] = parent

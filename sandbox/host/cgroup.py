@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from sandbox.errors import HostError
 
@@ -82,6 +83,7 @@ def shares_to_weight(shares: int) -> int:
     return 1 + ((shares - 2) * 9999) // 262142
 
 
+@cache
 def _hierarchies() -> dict[str, str]:
     """Controller (or ``""`` for a v2 tree) → mount point, from this process's own mount table."""
     found: dict[str, str] = {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +35,8 @@ def template(config: Config, policy: Policy) -> str:
     path = f"{config.disks_dir}/template-{policy.disk_bytes}-{policy.disk_inodes}.ext4"
     if os.path.exists(path):
         return path
+    import shutil  # the first dyno of a size pays for it, not every start
+
     draft = f"{path}.{os.getpid()}"
     skeleton = f"{draft}.d"
     try:
@@ -147,8 +148,13 @@ def release_layer(config: Config, target: str, journal_path: str) -> None:
 
 def unmount(target: str) -> None:
     """Unmounts all that is stacked on ``target``; lazily, so that a straggler cannot keep it."""
-    while is_mount(target):
-        sys.umount(target, detach=True)
+    try:
+        while True:
+            sys.umount(target, detach=True)
+    except OSError as error:
+        # EINVAL: nothing is mounted there (any more); ENOENT: it never got that far.
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
 
 
 def remove_folder(path: str) -> None:
@@ -165,7 +171,12 @@ def remove_tree(path: str) -> None:
         for line in file:
             if line.split(" ", 5)[4].startswith(f"{path}/"):
                 raise HostError(f"{path} still holds a mount and was not removed.")
-    shutil.rmtree(path, ignore_errors=False) if os.path.isdir(path) else None
+    for folder, names, files in os.walk(path, topdown=False):
+        for name in files:
+            os.unlink(f"{folder}/{name}")
+        for name in names:
+            (os.unlink if os.path.islink(f"{folder}/{name}") else os.rmdir)(f"{folder}/{name}")
+    remove_folder(path)
 
 
 def build(

@@ -26,7 +26,7 @@ _LIMIT_NAMES = {
     "Max pending signals": "SIGPENDING",
     "Max stack size": "STACK",
 }
-_OCTAL = re.compile(r"\\([0-7]{3})")
+_OCTAL = r"\\([0-7]{3})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,4 +197,4 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _unescape(text: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
+    return re.sub(_OCTAL, lambda match: chr(int(match[1], 8)), text) if "\\" in text else text

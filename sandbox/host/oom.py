@@ -8,7 +8,7 @@ import re
 from sandbox.units import escape
 
 # mm/oom_kill.c, dump_oom_victim: one line per kill, since Linux 5.0.
-_KILL = re.compile(rb"oom-kill:.*?oom_memcg=(?P<group>[^,]*),.*?task=(?P<task>.*),pid=(?P<pid>\d+),uid=(?P<uid>\d+)")
+_KILL = rb"oom-kill:.*?oom_memcg=(?P<group>[^,]*),.*?task=(?P<task>.*),pid=(?P<pid>\d+),uid=(?P<uid>\d+)"
 
 
 class KernelLog:
@@ -36,7 +36,7 @@ class KernelLog:
                 return
             except OSError:
                 continue  # EPIPE: records were overwritten before we read them; the next read goes on after the gap
-            match = _KILL.search(record)
+            match = re.search(_KILL, record)
             if match:
                 task = escape(match["task"].decode("utf-8", "backslashreplace"))
                 self._seen.append((match["group"], f"pid {int(match['pid'])}, {task}"))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import shutil
 import stat
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -104,6 +101,8 @@ def is_current(config: Config, variant: Variant) -> bool:
 
 def build(config: Config, variant: Variant, *, progress: Progress) -> Stack:
     """Builds the image from the recipe and the host's package mirror; about a minute."""
+    import shutil
+
     mmdebstrap = hostcmd.require("mmdebstrap", "mmdebstrap")
     mksquashfs = hostcmd.require("mksquashfs", "squashfs-tools")
     packages = _packages("runtime.packages")
@@ -184,6 +183,9 @@ def file_digest(path: str) -> str:
 
 def tar_stream(root: str) -> Iterator[bytes]:
     """The tree as a tar stream, sorted, for an engine that imports images; owners and times as they are."""
+    import io  # only an engine with images of its own pays for these
+    import tarfile
+
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path, folders, names in os.walk(root):
@@ -240,6 +242,8 @@ def _write_index(config: Config, stack: Stack, recipe: str) -> None:
 
 
 def _clean(root: str) -> None:
+    import shutil
+
     for name in _EMPTIED:
         shutil.rmtree(f"{root}/{name}", ignore_errors=True)
         os.makedirs(f"{root}/{name}", mode=0o755)

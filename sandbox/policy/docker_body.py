@@ -61,7 +61,7 @@ def _host_config(spec: ContainerSpec) -> Json:
         "PidMode": "",
         "UTSMode": "",
         "CgroupnsMode": "private",
-        "CgroupParent": spec.cgroup_parent,
+        "CgroupParent": spec.cgroup,
         "CapAdd": [],
         "CapDrop": ["ALL"],
         "SecurityOpt": ["no-new-privileges", "seccomp=" + json.dumps(seccomp.document())],

@@ -38,7 +38,7 @@ def config(spec: ContainerSpec) -> Json:
             "namespaces": _namespaces(spec),
             "uidMappings": [{"containerID": 0, "hostID": spec.uid_base, "size": UIDS_PER_DYNO}],
             "gidMappings": [{"containerID": 0, "hostID": spec.uid_base, "size": UIDS_PER_DYNO}],
-            "cgroupsPath": f"{spec.cgroup_parent}/dyno",
+            "cgroupsPath": spec.cgroup,
             "resources": _resources(policy),
             "seccomp": seccomp.document(),
             "maskedPaths": list(mounts.MASKED),

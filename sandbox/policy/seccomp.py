@@ -89,16 +89,30 @@ FAMILIES = (UNIX, INET, INET6, NETLINK)
 # IPPROTO_IP, TCP, UDP: no SCTP, DCCP, UDP-Lite, MPTCP, ICMP, raw.
 INET_PROTOCOLS = (0, 6, 17)
 
+# ioctl requests: terminals (0x54..) but three, sockets' read-outs (0x89..), and the file ones that tools use.
 # asm-generic/ioctls.h: TIOCSTI types into the terminal's reader, TIOCLINUX pastes, TIOCSETD autoloads line disciplines.
-TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)
-# linux/prctl.h: PR_SET_MM, PR_SET_SPECULATION_CTRL, PR_SET_IO_FLUSHER.
-PRCTLS = (35, 53, 57)
+TERMINAL, TERMINAL_REFUSED = 0x5400, (0x12, 0x1C, 0x23)
+SOCKET_IOCTLS = 0x8900
+IOCTLS = (
+    *(
+        0x80045430,
+        0x40045431,
+        0x802C542A,
+        0x402C542B,
+        0x402C542C,
+        0x402C542D,
+    ),  # TIOCGPTN, TIOCSPTLCK, TCGETS2, TCSETS2..
+    *(0x40049409, 0x4020940D, 0xC020660B, 0x80086601),  # FICLONE, FICLONERANGE, FS_IOC_FIEMAP, FS_IOC_GETFLAGS
+)
+# linux/prctl.h: below 128 all but PR_SET_MM, PR_SET_SPECULATION_CTRL, PR_SET_IO_FLUSHER; PR_SET_VMA, PR_SET_PTRACER.
+PRCTLS_REFUSED = (35, 53, 57)
+PRCTLS = (0x53564D41, 0x59616D61)
 # asm/prctl.h: ARCH_SET_GS SET_FS GET_FS GET_GS, ARCH_CET_STATUS, ARCH_SHSTK_ENABLE..STATUS.
 ARCH_PRCTLS = (0x1001, 0x1002, 0x1003, 0x1004, 0x3001, 0x5001, 0x5002, 0x5003, 0x5005)
-# (level, refused options). SOL_SOCKET: SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF and _EBPF.
-# IPPROTO_IP and IPV6: XFRM_POLICY and the multicast-routing range MRT_BASE..+12. TCP: TCP_ULP (kTLS, espintcp).
-_MRT = tuple(range(200, 213))
-SOCKET_OPTIONS = {1: (26, 50, 51, 52), 0: (17, *_MRT), 41: (35, *_MRT), 6: (31,), 17: ()}
+# level: (options below 2^bits are allowed, but these). SOL_SOCKET: SO_ATTACH_FILTER, SO_ATTACH_BPF,
+# SO_ATTACH_REUSEPORT_CBPF and _EBPF. IPPROTO_IP, IPPROTO_IPV6: XFRM_POLICY; multicast routing (MRT_*) begins at 200.
+# IPPROTO_TCP: TCP_ULP (kTLS, espintcp). IPPROTO_UDP: UDP_ENCAP (100) and above are out of range.
+SOCKET_OPTIONS = {1: (7, (26, 50, 51, 52)), 0: (6, (17,)), 41: (7, (35,)), 6: (6, (31,)), 17: (2, ())}
 _SECCOMP_NEW_LISTENER = 8
 
 
@@ -111,8 +125,10 @@ def clear(index: int, bits: int) -> Arg:
     return Arg(index, bits, 0)
 
 
-def all_but(index: int, values: Iterable[int], *, bits: int = 32) -> tuple[Arg, ...]:
+def all_but(index: int, values: Iterable[int], *, bits: int = 32, above: int = 0) -> tuple[Arg, ...]:
     """Conditions of which exactly one holds for each ``bits``-wide number that is not in ``values``; else none holds.
+
+    ``above``: what the bits above those must be.
 
     Walks the bits from the top: wherever the walk leaves the last path to a refused value, the whole subtree is
     one mask: ``bits`` conditions for one value, a few more for each further one.
@@ -127,7 +143,7 @@ def all_but(index: int, values: Iterable[int], *, bits: int = 32) -> tuple[Arg, 
             walk(bit - 1, prefix, [v for v in refused if not v & one])
             walk(bit - 1, prefix | one, [v for v in refused if v & one])
 
-    walk(bits - 1, 0, sorted({value & _LOW_WORD for value in values}))
+    walk(bits - 1, above, sorted({(above | value) & _LOW_WORD for value in values}))
     return tuple(conditions)
 
 
@@ -152,15 +168,13 @@ def rules() -> tuple[Rule, ...]:
     for protocol in INET_PROTOCOLS:
         partly("socket", [equals(0, INET), equals(2, protocol)], [equals(0, INET6), equals(2, protocol)])
     # What a program expects from a kernel that was built without the family.
-    partly("socket", *([arg] for arg in all_but(0, FAMILIES, bits=8)), refuse=errno.EAFNOSUPPORT)
+    partly("socket", *([arg] for arg in all_but(0, FAMILIES, bits=6)), refuse=errno.EAFNOSUPPORT)
     partly("socketpair", [equals(0, UNIX)])
-    for level, options in SOCKET_OPTIONS.items():
-        if options:
-            partly("setsockopt", *([equals(1, level), arg] for arg in all_but(2, options, bits=8)))
-        else:
-            partly("setsockopt", [equals(1, level)])
-    partly("ioctl", *([arg] for arg in all_but(1, TERMINAL_IOCTLS)))
-    partly("prctl", *([arg] for arg in all_but(0, PRCTLS)))
+    for level, (bits, options) in SOCKET_OPTIONS.items():
+        partly("setsockopt", *([equals(1, level), arg] for arg in all_but(2, options, bits=bits)))
+    partly("ioctl", *([arg] for arg in all_but(1, TERMINAL_REFUSED, bits=8, above=TERMINAL)))
+    partly("ioctl", [Arg(1, 0xFFFFFF00, SOCKET_IOCTLS)], *([equals(1, request)] for request in IOCTLS))
+    partly("prctl", *([arg] for arg in all_but(0, PRCTLS_REFUSED, bits=7)), *([equals(0, option)] for option in PRCTLS))
     partly("arch_prctl", *([equals(0, code)] for code in ARCH_PRCTLS))
     partly("personality", [equals(0, 0)], [equals(0, 0xFFFFFFFF)])
     partly("seccomp", [clear(1, _SECCOMP_NEW_LISTENER)])

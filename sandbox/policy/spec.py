@@ -33,7 +33,7 @@ class ContainerSpec:
     """One container, ready to be compiled for an engine.
 
     ``uid_base``: first host id of the dyno's range. ``userns_path``: where an engine that can join a prepared user
-    namespace finds it. ``cgroup_parent``: in every hierarchy; the engine puts its cgroup below.
+    namespace finds it. ``cgroup``: in every hierarchy the container's own, or the parent of it.
     """
 
     container_id: str
@@ -43,7 +43,7 @@ class ContainerSpec:
     paths: SlotPaths
     uid_base: int
     userns_path: str
-    cgroup_parent: str
+    cgroup: str
     tty: bool = False
     stdin: bool = False
     stack_image: str = ""  # the name under which an engine with images of its own knows the stack

@@ -52,8 +52,6 @@ _FETCH = {
     Kind.NODE: "npm install --ignore-scripts --omit=dev --no-audit --no-fund --no-update-notifier "
     "--cache /tmp/depot/npm --loglevel=error",
 }
-_FORMAT = "1"  # of slugs: a change here makes every cached slug stale
-
 Progress = Callable[[str], None]
 
 
@@ -64,14 +62,9 @@ class Builder:
         self._config, self._engine = config, engine
         self._host, self._progress, self._signals = host, progress, signals
 
-    def slug(self, source: Source, plan: Plan, runtime: Stack) -> Slug:
-        """The app's slug, from the cache or built now. Raises AppError, BuildError and what a dyno's start raises."""
+    def slug(self, source: Source, plan: Plan, key: str) -> Slug:
+        """Builds the app's slug and caches it under ``key``. Raises AppError, BuildError, and what a start raises."""
         build_stack = stacks.find(self._config, Variant.BUILD) if plan.install else None
-        inputs = (_FORMAT, source.digest, plan.install, runtime.digest, build_stack.digest if build_stack else "")
-        key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
-        found = slugs.find(self._config, key)
-        if found is not None:
-            return found
         # Beside the slugs, not in a temporary folder: it can hold as much as a slug does.
         with tempfile.TemporaryDirectory(prefix=".work-", dir=self._config.slugs_dir) as work:
             os.chmod(work, 0o755)  # noqa: S103 - mksquashfs reads it as nobody
@@ -200,7 +193,7 @@ class Builder:
             take(slot.paths.disk)
         finally:
             log.close()
-            dyno.close(destroy_container(self._config))
+            dyno.close(destroy_container(self._config, self._engine))
 
 
 class _Lines:

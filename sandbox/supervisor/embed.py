@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sandbox import names
 from sandbox.app import detect
+from sandbox.app import slug as slugs
 from sandbox.app import source as sources
 from sandbox.app.detect import Plan
 from sandbox.config import Config
-from sandbox.dyno import exits
 from sandbox.dyno.dyno import Dyno, Launch, Phases, Started
-from sandbox.dyno.exits import Exit, Reason
-from sandbox.dyno.watch import Result, Voice, Watch, Wishes
 from sandbox.engine.base import Engine
 from sandbox.errors import UsageError
-from sandbox.host import facts, inside
+from sandbox.host import facts
 from sandbox.host import journal as journals
 from sandbox.host import stack as stacks
 from sandbox.host.oom import KernelLog
-from sandbox.host.stack import Variant
+from sandbox.host.stack import Stack, Variant
 from sandbox.policy import policy as policies
 from sandbox.policy import sizes
 from sandbox.policy.clauses import Clause
 from sandbox.policy.policy import Policy
 from sandbox.supervisor import engines
-from sandbox.supervisor.build import Builder
-from sandbox.supervisor.reclaim import destroy_container, reclaim
 from sandbox.units import MIB, show
 
+if TYPE_CHECKING:
+    from sandbox.dyno.exits import Exit
+    from sandbox.dyno.watch import Result, Voice
+
 PORT = 5000
+SLUG_FORMAT = "1"  # a change here makes every cached slug stale
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,19 @@ class Report:
     exit: Exit
 
 
-MakeVoice = Callable[[str], Voice]
+MakeVoice = Callable[[str], "Voice"]
 Progress = Callable[[str], None]
 
 
-def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Progress, signals: int) -> Report:
+def run(
+    config: Config,
+    request: Request,
+    *,
+    make_voice: MakeVoice,
+    progress: Progress,
+    signals: int,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Report:
     """Runs one dyno from the app's folder to the end of its process, and takes everything down again.
 
     ``signals``: a descriptor from which signal numbers come. Raises SandboxError before the start; afterwards the
@@ -81,8 +92,11 @@ def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Pr
     phases = Phases()
     os.umask(0o022)
     config.make_folders()
-    for container_id, undone in reclaim(config):
-        progress(f"reclaimed {container_id}: {len(undone)} leftovers of a run that was killed")
+    if journals.paths(config.journal_dir):
+        from sandbox.supervisor.reclaim import reclaim
+
+        for container_id, undone in reclaim(config):
+            progress(f"reclaimed {container_id}: {len(undone)} leftovers of a run that was killed")
     phases.mark("reclaim")
     host = facts.read()
     policy = policies.make(
@@ -103,8 +117,12 @@ def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Pr
         progress(f"engine {engine.name} ({engine.runtime}): {why}")
     stack = stacks.find(config, Variant.RUNTIME)
     phases.mark("plan")
-    builder = Builder(config, engine, host=host, progress=progress, signals=signals)
-    slug = builder.slug(source, plan, stack)
+    key = slug_key(config, source, plan, stack)
+    slug = slugs.find(config, key)
+    if slug is None:
+        from sandbox.supervisor.build import Builder
+
+        slug = Builder(config, engine, host=host, progress=progress, signals=signals).slug(source, plan, key)
     phases.mark("slug")
     name = f"{process_type}.1" if process_type != "run" else _run_name(config)
     app = names.app_name(request.path)
@@ -120,25 +138,28 @@ def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Pr
         stdin=request.stdin_fd >= 0,
     )
     dyno = Dyno(config, engine, launch, phases=phases)
-    voice = make_voice(name)
     log = KernelLog()
+    words = " ".join(request.command) or plan.process_types().get(process_type, "")
     try:
         dyno.prepare()
-        voice.event(
-            f"Starting process with command `{' '.join(request.command) or plan.process_types().get(process_type, '')}`"
-        )
-        started = dyno.start()
+        started = dyno.start(meanwhile=lambda: _load(meanwhile))
+        voice = make_voice(name)
+        voice.event(f"Starting process with command `{words}`")
         port = PORT if process_type == "web" else 0
         result = _watch(engine, started, policy, request, voice, log, signals, port)
         phases.mark("run")
         written = dyno.written()
     finally:
+        from sandbox.supervisor.reclaim import destroy_container
+
         log.close()
-        dyno.close(destroy_container(config))
+        dyno.close(destroy_container(config, engine))
         phases.mark("teardown")
+    from sandbox.dyno import exits
+
     end = exits.describe(result.facts, policy)
-    if request.get and result.answered and end.reason is Reason.STOPPED:
-        end = Exit(0, Reason.STOPPED, "answered, and was stopped with SIGTERM")
+    if request.get and result.answered and end.reason is exits.Reason.STOPPED:
+        end = exits.Exit(0, exits.Reason.STOPPED, "answered, and was stopped with SIGTERM")
     usage = result.usage
     document: dict[str, object] = {
         "dyno": name,
@@ -170,6 +191,23 @@ def run(config: Config, request: Request, *, make_voice: MakeVoice, progress: Pr
     return Report(document, end)
 
 
+def _load(more: Callable[[], None]) -> None:
+    """Imports what is needed after the container was made, while the engine makes it: a fifth of the start."""
+    import sandbox.dyno.exits
+    import sandbox.dyno.verify
+    import sandbox.dyno.watch
+    import sandbox.supervisor.reclaim  # noqa: F401 - loaded, not used here
+
+    more()
+
+
+def slug_key(config: Config, source: sources.Source, plan: Plan, runtime: Stack) -> str:
+    """What a slug depends on: the app's content, its install step, and the images it is built and run with."""
+    builder = stacks.find(config, Variant.BUILD).digest if plan.install else ""
+    inputs = (SLUG_FORMAT, source.digest, plan.install, runtime.digest, builder)
+    return hashlib.sha256("\0".join(inputs).encode()).hexdigest()
+
+
 def _watch(
     engine: Engine,
     started: Started,
@@ -181,6 +219,8 @@ def _watch(
     port: int,
 ) -> Result:
     """Watches the dyno to its end."""
+    from sandbox.dyno.watch import Watch, Wishes
+    from sandbox.host import inside
 
     def fetch() -> bool:
         if not request.get:

@@ -9,6 +9,7 @@ import time
 from sandbox import names
 from sandbox.config import Config
 from sandbox.dyno import slot
+from sandbox.engine.base import Engine
 from sandbox.errors import HostError, SandboxError
 from sandbox.host import cgroup, disk
 from sandbox.host import journal as journals
@@ -16,10 +17,13 @@ from sandbox.host.journal import Journal
 from sandbox.supervisor import engines
 
 
-def destroy_container(config: Config) -> slot.DestroyContainer:
-    """How the container of a journal step is removed, whatever engine made it."""
+def destroy_container(config: Config, live: Engine | None = None) -> slot.DestroyContainer:
+    """How the container of a journal step is removed: by the live engine that made it, or after a crash."""
 
     def destroy(engine: str, runtime: str, container_id: str, folder: str) -> None:
+        if live is not None:
+            live.destroy(container_id, folder)
+            return
         if engine == "oci":
             _end_strays(container_id)
         engines.make(config, engine, runtime).destroy(container_id, folder)
@@ -83,10 +87,10 @@ def sweep(config: Config) -> list[str]:
         if name.endswith(".new") and not journals.is_live(draft):
             os.unlink(draft)
             removed.append(draft)
-    root = cgroup.Cgroup.at(names.cgroup_root(config.host))
+    root = cgroup.Cgroup.at("")
     for container_id in {name for path in root.paths.values() for name in _list(path)}:
         if names.is_container_id(container_id, config.host) and container_id not in known:
-            group = cgroup.Cgroup.at(names.cgroup_parent(config.host, container_id))
+            group = cgroup.Cgroup.at(names.cgroup(container_id))
             if group.kill() and group.remove():
                 removed.append(f"cgroup {container_id}")
     for container_id in _list(config.dynos_dir):
