@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sandbox import names
 from sandbox.config import Config
@@ -22,6 +23,9 @@ from sandbox.host.journal import Journal
 from sandbox.host.stack import Stack
 from sandbox.policy.policy import Policy
 from sandbox.policy.spec import ContainerSpec
+
+if TYPE_CHECKING:
+    from sandbox.dyno.verify import Difference
 
 _GATE_TIMEOUT_S = 30.0
 
@@ -106,7 +110,8 @@ class Dyno:
             resolv_conf=launch.resolv_conf,
             own_stack_mount=engine.name != "docker",
         )
-        self._used_at_start = self._disk_used()
+        used_bytes, used_inodes = self._disk_used()
+        self._used_at_start = used_bytes, used_inodes - 1  # the gate goes as soon as it was opened
         self.phases.mark("slot")
         return self.slot
 
@@ -171,10 +176,9 @@ class Dyno:
         found = verify.differences(subject)
         if found:
             clauses = tuple(dict.fromkeys(difference.clause.value for difference in found))
-            lines = "; ".join(f"{d.clause.value}: promised {d.promised}, observed {d.observed}" for d in found[:6])
-            more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+            lines = "; ".join(_first(found, clause) for clause in clauses)
             raise ClauseError(
-                f"{self.launch.name} not started: the kernel does not enforce its policy: {lines}{more}. "
+                f"{self.launch.name} not started: the kernel does not enforce its policy: {lines}. "
                 "No instruction of the app ran.",
                 clauses=clauses,
                 hint="sandbox doctor says what this host lacks; "
@@ -203,6 +207,13 @@ class Dyno:
         self.slot = None
 
 
+def _first(found: list[Difference], clause: str) -> str:
+    """The first difference of a clause, and how many more it has."""
+    mine = [difference for difference in found if difference.clause.value == clause]
+    more = f" (and {len(mine) - 1} more)" if len(mine) > 1 else ""
+    return f"{clause}: promised {mine[0].promised}, observed {mine[0].observed}{more}"
+
+
 def _reach_gate(fifo: str, pid: int) -> int:
     """A write end of the gate: opening it succeeds exactly when the gate stands at its other end."""
     deadline = time.monotonic() + _GATE_TIMEOUT_S
@@ -213,7 +224,7 @@ def _reach_gate(fifo: str, pid: int) -> int:
             if error.errno != errno.ENXIO:
                 raise
         if not observe.alive(pid) or time.monotonic() > deadline:
-            raise HostError("the container ended before it reached the gate.", hint="sandbox doctor")
+            raise HostError("not started: the container ended before it reached the gate; no instruction of the app ran.", hint="sandbox doctor")
         time.sleep(0.0005)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -65,6 +66,7 @@ class Result:
     up_after_s: float | None = None
     answered: bool = False
     over_quota_samples: int = 0
+    pids_limit_reached: bool = False
 
 
 class Watch:
@@ -105,6 +107,7 @@ class Watch:
 
     def run(self) -> Result:
         """Returns when the dyno has ended and its output is out."""
+        gc.enable()  # off since the program's first line; a dyno may live for days
         try:
             pidfd = os.pidfd_open(self._container.pid)
         except ProcessLookupError:
@@ -221,6 +224,7 @@ class Watch:
                 case "tick":
                     self._deadlines[name] = now + _TICK_S
                     self._sample_usage()
+                    self._check_shim()
                 case "sample":
                     self._deadlines[name] = now + self._wishes.sample_s
                     self._check_quota()
@@ -274,13 +278,24 @@ class Watch:
     def _sample_usage(self) -> Usage:
         before = self._result.usage
         now = _highest(before, self._cgroup.usage() if self._cgroup.exists() else Usage())
-        if now.pids_refused > before.pids_refused:
+        limit = self._policy.pids_max
+        # RLIMIT_NPROC has the same value and refuses first, uncounted; the peak tells that the limit was reached.
+        if now.pids_refused > before.pids_refused or max(before.pids, before.pids_peak) < limit <= max(
+            now.pids, now.pids_peak
+        ):
+            self._result.pids_limit_reached = True
             self._voice.warning(
-                f"Error (Process limit reached) -> {now.pids_refused} times a process or thread was refused "
-                f"at the limit of {self._policy.pids_max}"
+                f"Error (Process limit reached) -> {limit} of {limit} processes and threads; a further one gets EAGAIN"
             )
         self._result.usage = now
         return now
+
+    def _check_shim(self) -> None:
+        """Output that ended while init lives: the app closed it, or whoever held it is gone. Then nobody could
+        tell how the dyno ends, and it must not live on unwatched."""
+        if self._output_ended and self._engine.lost(self._container) and observe.alive(self._container.pid):
+            self._voice.warning("Error R99 (Platform error) -> the process that held this dyno was lost")
+            self._kill()
 
     def _check_quota(self) -> None:
         now = self._cgroup.usage() if self._cgroup.exists() else Usage()

@@ -82,5 +82,8 @@ class Engine(Protocol):
     def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
         """The status with which init ended (128 + N after signal N); None when nobody knows."""
 
+    def lost(self, container: Container) -> bool:
+        """Whether the process that holds the container's output and exit status is gone, while the app may live."""
+
     def destroy(self, container_id: str, folder: str) -> None:
         """Removes the container and whatever the engine left of it; twice is as good as once."""

@@ -120,6 +120,13 @@ class DockerEngine:
         status = answer.get("StatusCode")
         return int(status) if isinstance(status, int) else None
 
+    def lost(self, container: Container) -> bool:
+        try:
+            self._api.inspect_container(container.container_id)
+        except _FAULTS:
+            return True
+        return False
+
     def destroy(self, container_id: str, folder: str) -> None:
         try:
             self._api.remove_container(container_id, force=True, v=True)

@@ -177,6 +177,10 @@ class OciEngine:
                 return None
             select.select([shim], [], [], 0.005)
 
+    def lost(self, container: Container) -> bool:
+        shim = self._conmons.get(container.container_id, -1)
+        return shim < 0 or bool(select.select([shim], [], [], 0)[0])
+
     def destroy(self, container_id: str, folder: str) -> None:
         state = f"{self._config.runtime_dir}/{container_id}"
         shim = self._conmons.pop(container_id, -1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -264,12 +263,11 @@ def _fill(disk: str, files: dict[str, str], *, root_uid: int, uid: int) -> None:
         with open(path, "w", encoding="utf-8") as file:
             file.write(content)
         os.chmod(path, 0o644)
-    os.mkfifo(f"{disk}/fixed/gate/fifo", 0o400)
-    os.chmod(f"{disk}/fixed/gate/fifo", 0o400)
-    os.chown(f"{disk}/fixed/gate/fifo", uid, uid)
+    # Readable by whatever id the engine gave the gate: a wrong one is the verification's to name.
+    os.mkfifo(f"{disk}/fixed/gate/fifo")
+    os.chmod(f"{disk}/fixed/gate/fifo", 0o444)
     for path, folders, names in os.walk(f"{disk}/fixed"):
         for name in (*folders, *names):
-            if not stat.S_ISFIFO(os.lstat(f"{path}/{name}").st_mode):
-                os.chown(f"{path}/{name}", root_uid, root_uid)
+            os.chown(f"{path}/{name}", root_uid, root_uid)
     os.chown(f"{disk}/fixed", root_uid, root_uid)
     os.chmod(disk, 0o711)  # noqa: S103 - the dyno's ids must pass through; nobody may list

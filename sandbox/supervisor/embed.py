@@ -183,6 +183,7 @@ def run(
         "pids_peak": usage.pids_peak,
         "pids_max": policy.pids_max,
         "pids_refused": usage.pids_refused,
+        "pids_limit_reached": result.pids_limit_reached,
         "disk_written_bytes": written[0],
         "disk_written_inodes": written[1],
         "up_after_ms": None if result.up_after_s is None else round(result.up_after_s * 1000, 1),

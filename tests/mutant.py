@@ -1,0 +1,260 @@
+"""Runs the command line with one clause of the wall taken out: the control of every security test.
+
+``python tests/mutant.py NAME ARGUMENTS...``; the name ``none`` changes nothing. The product has no such switch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def _edit_oci(edit) -> None:
+    from sandbox.policy import oci
+
+    original = oci.config
+
+    def config(spec):
+        document = original(spec)
+        edit(document)
+        return document
+
+    oci.config = config
+
+
+def _edit_docker(edit) -> None:
+    from sandbox.policy import docker_body
+
+    original = docker_body.create_body
+
+    def create_body(spec):
+        document = original(spec)
+        edit(document["HostConfig"], document)
+        return document
+
+    docker_body.create_body = create_body
+
+
+def no_seccomp() -> None:
+    _edit_oci(lambda c: c["linux"].pop("seccomp"))
+    _edit_docker(lambda h, _: h.update(SecurityOpt=["no-new-privileges", "seccomp=unconfined"]))
+
+
+def no_mask() -> None:
+    _edit_oci(lambda c: c["linux"].update(maskedPaths=[], readonlyPaths=[]))
+    _edit_docker(lambda h, _: h.update(MaskedPaths=[], ReadonlyPaths=[]))
+
+
+def no_nnp() -> None:
+    _edit_oci(lambda c: c["process"].update(noNewPrivileges=False))
+    _edit_docker(lambda h, _: h.update(SecurityOpt=[o for o in h["SecurityOpt"] if o != "no-new-privileges"]))
+
+
+def rw_root() -> None:
+    """The root file system is writable, on a fresh upper; only Docker has one to give."""
+    _edit_docker(lambda h, _: h.update(ReadonlyRootfs=False))
+
+
+def no_root_guard() -> None:
+    """Docker's own root mount is left as Docker made it."""
+    from sandbox.host import inside
+
+    inside.restrict_engine_mounts = lambda _: None
+
+
+def cap_net_raw() -> None:
+    caps = ["CAP_NET_RAW"]
+    _edit_oci(lambda c: c["process"].update(capabilities=dict.fromkeys(("bounding", "effective", "permitted", "inheritable", "ambient"), caps)))
+    _edit_docker(lambda h, _: h.update(CapAdd=["NET_RAW"]))
+
+
+def uid_0() -> None:
+    _edit_oci(lambda c: c["process"]["user"].update(uid=0, gid=0))
+    _edit_docker(lambda _, d: d.update(User="0:0"))
+
+
+def host_pid() -> None:
+    _edit_oci(lambda c: c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "pid"]))
+    _edit_docker(lambda h, _: h.update(PidMode="host"))
+
+
+def host_ipc() -> None:
+    _edit_oci(lambda c: c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "ipc"]))
+    _edit_docker(lambda h, _: (h.update(IpcMode="host"), h.pop("Tmpfs")))
+
+
+def host_net() -> None:
+    _edit_oci(lambda c: c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "network"]))
+    _edit_docker(lambda h, _: h.update(NetworkMode="host"))
+
+
+def host_uts() -> None:
+    _edit_oci(lambda c: (c.pop("hostname"), c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "uts"])))
+    _edit_docker(lambda h, d: (h.update(UTSMode="host"), d.pop("Hostname")))
+
+
+def extra_bind() -> None:
+    _edit_oci(lambda c: c["mounts"].append({"destination": "/mnt", "type": "bind", "source": "/etc", "options": ["bind", "ro"]}))
+    _edit_docker(lambda h, _: h["Mounts"].append({"Type": "bind", "Source": "/etc", "Target": "/mnt", "ReadOnly": True}))
+
+
+def more_memory() -> None:
+    _edit_oci(lambda c: c["linux"]["resources"]["memory"].update(limit=2 << 30, swap=2 << 30))
+    _edit_docker(lambda h, _: h.update(Memory=2 << 30, MemorySwap=2 << 30))
+
+
+def more_pids() -> None:
+    _edit_oci(lambda c: c["linux"]["resources"]["pids"].update(limit=4000))
+    _edit_docker(lambda h, _: h.update(PidsLimit=4000))
+
+
+def more_cpu() -> None:
+    _edit_oci(lambda c: c["linux"]["resources"]["cpu"].update(quota=200_000))
+    _edit_docker(lambda h, _: h.update(CpuQuota=200_000))
+
+
+def all_devices() -> None:
+    _edit_oci(lambda c: c["linux"]["resources"].update(devices=[{"allow": True, "access": "rwm"}]))
+    _edit_docker(lambda h, _: h.update(DeviceCgroupRules=["c 10:* rwm"]))
+
+
+def big_shm() -> None:
+    _edit_oci(lambda c: [m.update(options=["nosuid", "nodev", "noexec", "mode=1777"]) for m in c["mounts"] if m["destination"] == "/dev/shm"])
+    _edit_docker(lambda h, _: h.update(Tmpfs={"/dev/shm": "rw,nosuid,nodev,noexec,mode=1777"}))
+
+
+def no_rlimits() -> None:
+    from sandbox.policy import oci
+
+    oci.shim_limits = lambda _: []
+    _edit_docker(lambda h, _: h.update(Ulimits=[]))
+
+
+def no_oom_score() -> None:
+    _edit_oci(lambda c: c["process"].update(oomScoreAdj=0))
+    _edit_docker(lambda h, _: h.update(OomScoreAdj=0))
+
+
+def no_quota() -> None:
+    """The dyno's writable folders are the host's file system instead of its own image."""
+    from sandbox.host import disk
+
+    original = disk.mount_image
+
+    def mount_image(image, target, fstype, **more):
+        if fstype != "ext4":
+            return original(image, target, fstype, **more)
+        for folder in ("upper", "work", "tmp", "vartmp", "fixed/empty", "fixed/gate", "fixed/etc", "fixed/sys/fs/cgroup/memory", "fixed/sys/devices/system/cpu"):
+            Path(target, folder).mkdir(parents=True)
+        return None
+
+    disk.mount_image = mount_image
+    _clean_tree(disk)
+
+
+def _clean_tree(disk) -> None:
+    import shutil
+
+    original = disk.remove_tree
+
+    def remove_tree(path):
+        for name in ("disk",):
+            shutil.rmtree(f"{path}/{name}", ignore_errors=True)
+        original(path)
+
+    disk.remove_tree = remove_tree
+
+
+def no_init() -> None:
+    from sandbox.policy import spec
+
+    spec.INIT = spec.INIT[2:]
+
+
+def leaky() -> None:
+    """The shim gets a descriptor of a host folder that is not closed on exec."""
+    from sandbox.engine import oci
+
+    fd = os.open("/etc", os.O_RDONLY)
+    os.set_inheritable(fd, True)
+    os.dup2(fd, 3)
+    original = oci.subprocess.Popen
+    oci.subprocess.Popen = lambda argv, **more: original([*argv[:-0 or None]], **{**more, "pass_fds": (*more["pass_fds"], 3)})
+
+
+def docker_lacks_pids() -> None:
+    """A Docker whose host has no pids controller says so in /info."""
+    import docker
+
+    original = docker.APIClient.info
+    docker.APIClient.info = lambda self: {**original(self), "PidsLimit": False}
+
+
+def no_verify() -> None:
+    from sandbox.dyno import verify
+
+    verify.differences = lambda _: []
+
+
+def die_at() -> None:
+    """SIGKILL to ourselves at the N-th step: right after a step was written down, or right after it was undone."""
+    from sandbox.dyno import slot
+    from sandbox.host.journal import Journal
+
+    wanted = int(os.environ["DIE_AT"])
+    count = 0
+
+    def step(what: str) -> None:
+        nonlocal count
+        count += 1
+        print(f"step {count}: {what}", file=sys.stderr, flush=True)
+        if count == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    record = Journal.record
+
+    def recorded(self, op, name, **more):
+        record(self, op, name, **more)
+        step(f"before {op} {name}")
+
+    Journal.record = recorded
+    undo = slot._UNDO
+
+    def wrap(op, function):
+        def undone(*arguments):
+            function(*arguments)
+            step(f"after undoing {op}")
+
+        return undone
+
+    slot._UNDO = {op: wrap(op, function) for op, function in undo.items()}
+    from sandbox.dyno import dyno
+
+    for name in ("_reach_gate", "_open_gate"):
+        original = getattr(dyno, name)
+
+        def after(*arguments, original=original, name=name):
+            result = original(*arguments)
+            step(f"after {name}")
+            return result
+
+        setattr(dyno, name, after)
+
+
+def main() -> None:
+    names = [name.replace("-", "_") for name in sys.argv[1].split("+")]
+    for name in names:
+        if name != "none":
+            globals()[name]()
+    sys.argv = ["sandbox", *sys.argv[2:]]
+    from sandbox.cli.entry import main as entry
+
+    entry()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""kill -9 at every step, then any command: nothing of ours may be left, on either engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import EXAMPLES, census, make_instance, wait_for
+
+SHELL = str(EXAMPLES / "shell")
+
+
+@pytest.fixture(scope="module")
+def crashing(home, docker_host):
+    """An instance of its own: other tests' dynos must not be in the census."""
+    instance = make_instance(home, "crash", docker_host)
+    yield instance
+    assert census(instance) == []
+
+
+def steps_of_a_whole_run(instance, engine) -> int:
+    """How many steps a run has from the first journal line to the last undo."""
+    done = instance("run", "-q", "--raw", "--engine", engine, SHELL, "--", "true", mutant="die-at", DIE_AT="0")
+    assert done.status == 0, done
+    return max(int(number) for number in re.findall(r"^step (\d+):", done.err, re.MULTILINE))
+
+
+@pytest.mark.timeout(600)
+def test_a_kill_at_any_step_leaves_nothing_after_the_next_command(crashing, engine):
+    total = steps_of_a_whole_run(crashing, engine)
+    assert total > 15
+    for step in range(1, total + 1):
+        done = crashing("run", "-q", "--raw", "--engine", engine, SHELL, "--", "true", mutant="die-at", DIE_AT=str(step))
+        assert done.status == -signal.SIGKILL, (step, done)
+        reclaimed = crashing("gc")
+        assert reclaimed.status == 0, (step, done.err, reclaimed)
+        assert census(crashing) == [], (step, done.err, reclaimed.out)
+
+
+def test_control_without_a_next_command_the_leftovers_are_there(crashing, engine):
+    """The census can see what it must see."""
+    steps = crashing("run", "-q", "--raw", "--engine", engine, SHELL, "--", "true", mutant="die-at", DIE_AT="0").err
+    gate = re.search(r"^step (\d+): after _open_gate", steps, re.MULTILINE)[1]
+    crashing("run", "-q", "--raw", "--engine", engine, SHELL, "--", "sleep", "60", mutant="die-at", DIE_AT=gate)
+    left = census(crashing)
+    kinds = {entry.split()[0] for entry in left}
+    assert {"mount", "loop", "cgroup", "disk", "uid"} <= kinds, left
+    if engine == "oci":
+        assert "process" in kinds
+    else:
+        assert "container" in kinds
+    # Any command reclaims, not gc alone.
+    done = crashing("run", "--raw", "--engine", engine, SHELL, "--", "echo", "fine")
+    assert done.out == "fine\n"
+    assert "leftovers of a run that was killed" in done.err
+    assert census(crashing) == []
+
+
+def test_a_living_dyno_is_left_alone(crashing, engine):
+    process = crashing.start("run", "--raw", "-q", "--engine", engine, SHELL, "--", "sh", "-c", "echo up; read line; echo got $line", stdin=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n"
+    assert "Nothing was left behind." in crashing("gc").out
+    listed = crashing("ps", "--json")
+    rows = __import__("json").loads(listed.out)
+    assert [row["engine"] for row in rows] == [engine]
+    assert rows[0]["pids"] >= 2
+    out, _ = process.communicate(b"word\n", timeout=60)
+    assert out == b"got word\n"
+
+
+def test_a_killed_shim_is_said_and_cleaned_up(crashing):
+    """conmon dies in mid-run: the status is unknown, which is never 0, and the dyno does not live on."""
+    process = crashing.start("run", "--engine", "oci", SHELL, "--", "sleep", "60")
+    pidfile = wait_for(lambda: next(iter(Path(crashing.run_dir).glob("dynos/*/conmon.pid")), None))
+    wait_for(lambda: census_kind(crashing, "sleep"))
+    os.kill(int(pidfile.read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 125
+    assert b"exit status is unknown" in err
+    assert census(crashing) == []
+
+
+def test_a_container_killed_behind_dockers_back_is_said(crashing, docker_host):
+    process = crashing.start("run", "--engine", "docker", SHELL, "--", "sleep", "60")
+    wait_for(lambda: census_kind(crashing, "sleep"))
+    subprocess.run(
+        f"docker -H {docker_host} ps -q --filter label=sandbox.host | xargs docker -H {docker_host} kill", shell=True, check=True, capture_output=True
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert b"SIGKILL" in err
+    assert census(crashing) == []
+
+
+def census_kind(instance, comm: str) -> bool:
+    """Whether a process of that name lives in a dyno of the instance."""
+    from sandbox.host import journal, observe
+    from sandbox.host.cgroup import Cgroup
+
+    for path in journal.paths(f"{instance.state}/journal"):
+        for pid in Cgroup.at(f"/{Path(path).stem}").pids():
+            try:
+                if observe.name(pid) == comm:
+                    return True
+            except Exception:  # noqa: BLE001 - it ended between the two reads
+                continue
+    return False
+
+
+def test_a_lost_journal_is_made_up_for_by_names(crashing):
+    """What carries our name and is in no journal goes too; what does not, stays."""
+    steps = crashing("run", "-q", "--raw", "--engine", "oci", SHELL, "--", "true", mutant="die-at", DIE_AT="0").err
+    gate = re.search(r"^step (\d+): after _open_gate", steps, re.MULTILINE)[1]
+    crashing("run", "-q", "--raw", "--engine", "oci", SHELL, "--", "sleep", "60", mutant="die-at", DIE_AT=gate)
+    for path in Path(crashing.state).glob("journal/*"):
+        path.unlink()
+    foreign = Path("/sys/fs/cgroup/pids/sbx-not-ours")
+    foreign.mkdir()
+    try:
+        done = crashing("gc")
+        assert "which no journal knew" in done.out
+        assert foreign.exists()
+    finally:
+        foreign.rmdir()
+    shutil.rmtree(f"{crashing.run_dir}/runtime", ignore_errors=True)
+    left = [entry for entry in census(crashing) if not entry.startswith("uid range")]
+    assert left == []
+
+
+def test_two_instances_do_not_meet(home, sandbox, docker_host):
+    """The same second, the same app, two instances: different ids, and neither reclaims the other's."""
+    other = make_instance(home, "other", docker_host)
+    mine = sandbox.start("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "sh", "-c", "id -u; echo up; sleep 2")
+    assert [mine.stdout.readline(), mine.stdout.readline()] == [b"1000\n", b"up\n"]
+    assert "Nothing was left behind." in other("gc").out
+    assert other("ps", "--json").out.strip() == "[]"
+    done = other("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "echo", "fine")
+    assert done.out == "fine\n"
+    assert mine.wait(60) == 0
+    mine.communicate()
+    assert census(other) == []
+
+
+def test_many_dynos_at_once(crashing):
+    """Ten starts together: every one runs, shared layers are mounted once and gone at the end."""
+    begin = time.monotonic()
+    processes = [crashing.start("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "sh", "-c", "echo ok; sleep 1") for _ in range(10)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [out for out, _ in outputs] == [b"ok\n"] * 10, outputs
+    assert time.monotonic() - begin < 100
+    assert census(crashing) == []
