@@ -48,7 +48,13 @@ class Instance:
         return [sys.executable, str(MUTANT), mutant or "none", *options, *arguments]
 
     def __call__(
-        self, *arguments: str, stdin: str | bytes = "", mutant: str = "", timeout: float = 90, text: bool = True, **environ: str
+        self,
+        *arguments: str,
+        stdin: str | bytes = "",
+        mutant: str = "",
+        timeout: float = 90,
+        text: bool = True,
+        **environ: str,
     ) -> Done:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         done = subprocess.run(
@@ -165,7 +171,11 @@ def census(instance: Instance) -> list[str]:
 
     config = Config(str(instance.state), str(instance.run_dir), instance.docker_host)
     mine = f"sbx-{config.host}-"
-    found = [f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(instance.run_dir) in line]
+    found = [
+        f"mount {line.split()[4]}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if str(instance.run_dir) in line
+    ]
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             if str(instance.state) in backing.read_text():
@@ -187,9 +197,9 @@ def census(instance: Instance) -> list[str]:
             found += [f"{folder}/{name}" for name in os.listdir(folder)]
     if os.path.isdir(config.disks_dir):
         found += [f"disk {name}" for name in os.listdir(config.disks_dir) if name.startswith("sbx-")]
-    if os.path.isdir("/run/lock/sandbox-uids"):
-        for name in os.listdir("/run/lock/sandbox-uids"):
-            if name.isdigit() and str(instance.state) in Path(f"/run/lock/sandbox-uids/{name}").read_text():
+    if os.path.isdir("/run/sandbox-uids"):
+        for name in os.listdir("/run/sandbox-uids"):
+            if name.isdigit() and str(instance.state) in Path(f"/run/sandbox-uids/{name}").read_text():
                 found.append(f"uid range {name}")
     if instance.docker_host:
         listing = subprocess.run(

@@ -63,12 +63,16 @@ def no_root_guard() -> None:
     """Docker's own root mount is left as Docker made it."""
     from sandbox.host import inside
 
-    inside.restrict_engine_mounts = lambda _: None
+    inside.restrict_engine_mounts = lambda *_, **__: None
 
 
 def cap_net_raw() -> None:
     caps = ["CAP_NET_RAW"]
-    _edit_oci(lambda c: c["process"].update(capabilities=dict.fromkeys(("bounding", "effective", "permitted", "inheritable", "ambient"), caps)))
+    _edit_oci(
+        lambda c: c["process"].update(
+            capabilities=dict.fromkeys(("bounding", "effective", "permitted", "inheritable", "ambient"), caps)
+        )
+    )
     _edit_docker(lambda h, _: h.update(CapAdd=["NET_RAW"]))
 
 
@@ -93,13 +97,24 @@ def host_net() -> None:
 
 
 def host_uts() -> None:
-    _edit_oci(lambda c: (c.pop("hostname"), c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "uts"])))
+    _edit_oci(
+        lambda c: (
+            c.pop("hostname"),
+            c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "uts"]),
+        )
+    )
     _edit_docker(lambda h, d: (h.update(UTSMode="host"), d.pop("Hostname")))
 
 
 def extra_bind() -> None:
-    _edit_oci(lambda c: c["mounts"].append({"destination": "/mnt", "type": "bind", "source": "/etc", "options": ["bind", "ro"]}))
-    _edit_docker(lambda h, _: h["Mounts"].append({"Type": "bind", "Source": "/etc", "Target": "/mnt", "ReadOnly": True}))
+    _edit_oci(
+        lambda c: c["mounts"].append(
+            {"destination": "/mnt", "type": "bind", "source": "/etc", "options": ["bind", "ro"]}
+        )
+    )
+    _edit_docker(
+        lambda h, _: h["Mounts"].append({"Type": "bind", "Source": "/etc", "Target": "/mnt", "ReadOnly": True})
+    )
 
 
 def more_memory() -> None:
@@ -123,7 +138,13 @@ def all_devices() -> None:
 
 
 def big_shm() -> None:
-    _edit_oci(lambda c: [m.update(options=["nosuid", "nodev", "noexec", "mode=1777"]) for m in c["mounts"] if m["destination"] == "/dev/shm"])
+    _edit_oci(
+        lambda c: [
+            m.update(options=["nosuid", "nodev", "noexec", "mode=1777"])
+            for m in c["mounts"]
+            if m["destination"] == "/dev/shm"
+        ]
+    )
     _edit_docker(lambda h, _: h.update(Tmpfs={"/dev/shm": "rw,nosuid,nodev,noexec,mode=1777"}))
 
 
@@ -148,7 +169,17 @@ def no_quota() -> None:
     def mount_image(image, target, fstype, **more):
         if fstype != "ext4":
             return original(image, target, fstype, **more)
-        for folder in ("upper", "work", "tmp", "vartmp", "fixed/empty", "fixed/gate", "fixed/etc", "fixed/sys/fs/cgroup/memory", "fixed/sys/devices/system/cpu"):
+        for folder in (
+            "upper",
+            "work",
+            "tmp",
+            "vartmp",
+            "fixed/empty",
+            "fixed/gate",
+            "fixed/etc",
+            "fixed/sys/fs/cgroup/memory",
+            "fixed/sys/devices/system/cpu",
+        ):
             Path(target, folder).mkdir(parents=True)
         return None
 
@@ -183,7 +214,9 @@ def leaky() -> None:
     os.set_inheritable(fd, True)
     os.dup2(fd, 3)
     original = oci.subprocess.Popen
-    oci.subprocess.Popen = lambda argv, **more: original([*argv[:-0 or None]], **{**more, "pass_fds": (*more["pass_fds"], 3)})
+    oci.subprocess.Popen = lambda argv, **more: original(
+        [*argv[: -0 or None]], **{**more, "pass_fds": (*more["pass_fds"], 3)}
+    )
 
 
 def docker_lacks_pids() -> None:

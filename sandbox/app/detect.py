@@ -56,6 +56,8 @@ _NPM_NAME = r"(?:@[A-Za-z0-9~-][A-Za-z0-9._~-]*/)?[A-Za-z0-9~-][A-Za-z0-9._~-]*"
 _NPM_RANGE = r"[0-9A-Za-z.^~<>=|*+ -]{0,256}"
 _NPM_INTEGRITY = r"(?:sha(?:1|256|384|512)-[A-Za-z0-9+/=]+ ?)+"
 
+_LONGEST = 2000  # characters of a requirement with its hashes
+
 SITE = "/app/.sandbox/python"
 _PIP = f"pip install --no-index --find-links /tmp/depot/wheels --no-cache-dir --no-warn-script-location --target {SITE}"
 _NPM = (
@@ -140,10 +142,12 @@ def _requirements(text: str, path: str, *, numbered: bool = True) -> str:
     checked = []
     joined = re.sub(r"\\\r?\n", " ", text)
     for number, line in enumerate(joined.split("\n"), 1):
-        requirement = re.sub(r"(^|\s)#.*$", "", line).strip()
+        requirement = " ".join(re.sub(r"(^|\s)#.*$", "", line[: _LONGEST + 1]).split())
         if not requirement:
             continue
-        if not re.fullmatch(_REQUIREMENT, requirement):
+        # Single spaces and a bound first: the pattern's optional parts meet, and a long run of spaces between them
+        # would be tried in every way there is.
+        if len(line) > _LONGEST or not re.fullmatch(_REQUIREMENT, requirement):
             where = f"{path}:{number}" if numbered else path
             raise AppError(
                 f"{where}: {show(requirement)} is not a package name with versions; nothing was started.",

@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sandbox.units import format_bytes, show
 MAX_ENTRIES = 50_000
 MAX_BUILT_ENTRIES = 200_000
 MAX_DEPTH = 64
+MAX_PATTERNS = 1000
 # Heroku's hard limit for a slug; the source of one cannot be larger.
 MAX_BYTES = 500 * 1024 * 1024
 IGNORED = (".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv", "venv")
@@ -78,7 +80,8 @@ def scan(path: str, *, copy_to: str | None = None, built: bool = False) -> Sourc
             hint=f"sandbox run {os.path.dirname(path) or '.'}",
         )
     try:
-        root = os.open(path, _FOLDER & ~os.O_NOFOLLOW)
+        # The operator may name the app by a link; what a build left may not be one.
+        root = os.open(path, _FOLDER if built else _FOLDER & ~os.O_NOFOLLOW)
     except OSError as error:
         raise AppError(f"{path} cannot be read: {error.strerror}.") from error
     reader = _Reader(path, () if built else (*IGNORED, *_slugignore(root, path)), copy_to)
@@ -101,19 +104,24 @@ def leaves(link: str, target: str) -> bool:
     if target.startswith("/"):
         return True
     depth = link.count("/")
+    down = False
     for part in target.split("/"):
         if part == "..":
             depth -= 1
+            # Up after down: the way down may be a link itself, and then leads up from elsewhere.
+            if down or depth < 0:
+                return True
         elif part not in ("", "."):
-            depth += 1
-        if depth < 0:
-            return True
+            down = True
     return False
 
 
 class _Reader:
     def __init__(self, path: str, ignore: tuple[str, ...], copy_to: str | None) -> None:
-        self._root, self._ignore, self._copy = path, ignore, copy_to
+        self._root, self._copy = path, copy_to
+        # One expression each: thousands of patterns times thousands of entries would take minutes.
+        self._whole = re.compile("|".join(fnmatch.translate(p) for p in ignore) or "(?!)")
+        self._last = re.compile("|".join(fnmatch.translate(p) for p in ignore if "/" not in p) or "(?!)")
         self._count = 0
         self.most = MAX_ENTRIES
         self.size = 0
@@ -197,8 +205,8 @@ class _Reader:
             while left > 0 and (piece := os.read(file, min(left, 1 << 20))):
                 left -= len(piece)
                 digest.update(piece)
-                if out >= 0:
-                    os.write(out, piece)
+                while out >= 0 and piece:
+                    piece = piece[os.write(out, piece) :]
         finally:
             if out >= 0:
                 os.close(out)
@@ -213,10 +221,7 @@ class _Reader:
             raise AppError(f"{self._root}/{name} cannot be read: {error.strerror}; nothing was started.") from error
 
     def _is_ignored(self, name: str, raw: str) -> bool:
-        return any(
-            fnmatch.fnmatchcase(name, pattern) or (("/" not in pattern) and fnmatch.fnmatchcase(raw, pattern))
-            for pattern in self._ignore
-        )
+        return bool(self._whole.fullmatch(name) or self._last.fullmatch(raw))
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise AppError(
@@ -235,12 +240,16 @@ def _slugignore(root: int, path: str) -> tuple[str, ...]:
         raise AppError(f"{path}/.slugignore cannot be read: {error.strerror}.") from error
     with os.fdopen(fd, "rb") as file:
         text = file.read(1 << 20).decode("utf-8", "replace")
-    patterns = []
+    patterns: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
         pattern = line.strip()
         if not pattern or pattern.startswith("#"):
             continue
         if pattern.startswith("!"):
             raise AppError(f"{path}/.slugignore:{number}: {show(pattern)}: exceptions with ! are not supported.")
+        if len(pattern) > 256 or pattern.count("*") > 8 or len(patterns) >= MAX_PATTERNS:
+            raise AppError(
+                f"{path}/.slugignore:{number}: at most {MAX_PATTERNS} patterns of 256 characters with 8 stars are read."
+            )
         patterns.append(pattern.strip("/"))
     return tuple(patterns)

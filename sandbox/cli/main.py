@@ -70,7 +70,7 @@ def run_cli(arguments: list[str]) -> int:
     try:
         result = cli.main(args=arguments, prog_name="sandbox", standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("sandbox: interrupted", err=True)
+        click.echo("sandbox: interrupted; nothing was started.", err=True)
         return 130
     except click.ClickException as error:
         error.show()

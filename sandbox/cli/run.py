@@ -139,13 +139,15 @@ def command(
             return QuietVoice(name)
         return RawVoice(name) if raw or interactive else LineVoice(name)
 
-    with _signals(resize=interactive) as signals, _raw_terminal(on=interactive):
+    signals = _Signals(resize=interactive)
+    with _raw_terminal(on=interactive):
         report = embed.run(
             context.config,
             request,
             make_voice=make_voice,
             progress=Progress(quiet=quiet),
-            signals=signals,
+            signals=signals.fd,
+            hold=signals.hold,
             meanwhile=_load_voices,
         )
     if as_json:
@@ -215,23 +217,26 @@ def _stdin(*, has_command: bool) -> int:
     return 0
 
 
-@contextmanager
-def _signals(*, resize: bool) -> Iterator[int]:
-    """Signals as bytes on a descriptor, so that one loop sees everything."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *([signal.SIGWINCH] if resize else [])]
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    if resize:
-        os.write(write_end, bytes([signal.SIGWINCH]))
-    try:
-        yield read_end
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(read_end)
-        os.close(write_end)
+class _Signals:
+    """Signals as bytes on a descriptor, so that one loop sees everything; until ``hold``, they interrupt us."""
+
+    def __init__(self, *, resize: bool) -> None:
+        self.fd, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._held = False
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._arrived)
+        if resize:
+            signal.signal(signal.SIGWINCH, lambda *_: None)
+            os.write(self._write_end, bytes([signal.SIGWINCH]))
+
+    def _arrived(self, number: int, _: object) -> None:
+        if not self._held:
+            raise KeyboardInterrupt(number)
+
+    def hold(self) -> None:
+        """From here on there is something to take down."""
+        self._held = True
 
 
 @contextmanager

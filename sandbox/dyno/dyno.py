@@ -21,6 +21,8 @@ from sandbox.host import inside, observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
 from sandbox.host.stack import Stack
+from sandbox.policy import mounts
+from sandbox.policy.clauses import Clause
 from sandbox.policy.policy import Policy
 from sandbox.policy.spec import ContainerSpec
 
@@ -155,7 +157,9 @@ class Dyno:
         try:
             cgroup = Cgroup.of(container.pid)
             if not engine.user_namespaces:
-                inside.restrict_engine_mounts(container.pid)
+                inside.restrict_engine_mounts(container.pid, max_terminals=mounts.MAX_TERMINALS)
+            if launch.policy.holds(Clause.MEMORY):
+                cgroup.limit_tcp(launch.policy.tcp_max_bytes)
             self._verify(spec, container, cgroup)
             self.phases.mark("verify")
             _open_gate(gate, launch.env)
@@ -224,7 +228,10 @@ def _reach_gate(fifo: str, pid: int) -> int:
             if error.errno != errno.ENXIO:
                 raise
         if not observe.alive(pid) or time.monotonic() > deadline:
-            raise HostError("not started: the container ended before it reached the gate; no instruction of the app ran.", hint="sandbox doctor")
+            raise HostError(
+                "not started: the container ended before it reached the gate; no instruction of the app ran.",
+                hint="sandbox doctor",
+            )
         time.sleep(0.0005)
 
 

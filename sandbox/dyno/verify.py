@@ -185,6 +185,8 @@ def _planned(mount: Mount, lines: list[MountLine], spec: ContainerSpec) -> Itera
     fstype = expected.get(mount.source)
     if fstype is not None and line.fstype != fstype:
         yield f"{mount.target} of type {fstype}", line.fstype
+    if mount.source is Source.DEVPTS and f"max={mounts.MAX_TERMINALS}" not in line.options.split(","):
+        yield f"at most {mounts.MAX_TERMINALS} terminals", line.options
     if mount.source is Source.SHM and f"nr_inodes={spec.policy.shm_inodes}" not in line.options:
         yield f"{mount.target} bounded in files", line.options
 
@@ -237,7 +239,10 @@ def _equal(what: str, promised: int, observed: int | None) -> Iterator[tuple[str
 
 
 def _memory(subject: Subject) -> Iterator[tuple[str, str]]:
-    yield from _equal("memory limit", subject.spec.policy.memory_max_bytes, subject.cgroup.limits().memory_bytes)
+    policy, limits = subject.spec.policy, subject.cgroup.limits()
+    yield from _equal("memory limit", policy.memory_max_bytes, limits.memory_bytes)
+    if not subject.cgroup.is_v2:
+        yield from _equal("socket buffer limit", policy.tcp_max_bytes, limits.tcp_bytes)
 
 
 def _swap(subject: Subject) -> Iterator[tuple[str, str]]:

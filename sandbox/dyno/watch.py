@@ -17,6 +17,7 @@ from sandbox.engine.base import Attachment, Container, Engine, Stream
 from sandbox.errors import HostError
 from sandbox.host import observe
 from sandbox.host.cgroup import Cgroup, Usage
+from sandbox.host.inside import Fetch
 from sandbox.host.oom import KernelLog
 from sandbox.policy.policy import Policy
 from sandbox.units import MIB
@@ -85,12 +86,14 @@ class Watch:
         voice: Voice,
         kernel_log: KernelLog,
         signals: int,
-        on_up: Callable[[], bool] | None = None,
+        on_up: Callable[[], Fetch | None] = lambda: None,
+        on_answer: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         self._engine, self._container, self._attachment = engine, container, attachment
         self._cgroup, self._totals, self._policy = cgroup, totals, policy
         self._wishes, self._voice, self._log, self._signals = wishes, voice, kernel_log, signals
-        self._on_up = on_up
+        self._on_up, self._on_answer = on_up, on_answer
+        self._fetch: Fetch | None = None
         self._begin = time.monotonic()
         self._result = Result()
         self._facts = self._result.facts
@@ -118,6 +121,8 @@ class Watch:
                 pass
             self._end()
         finally:
+            if self._fetch is not None:
+                self._fetch.close()
             for fd in (pidfd, oom):
                 if fd is not None and fd >= 0:
                     os.close(fd)
@@ -144,6 +149,8 @@ class Watch:
             poller.register(attachment, select.POLLIN | (select.POLLOUT if self._input else 0))
         if self._input_open and len(self._input) < 65536:
             poller.register(self._wishes.stdin_fd, select.POLLIN)
+        if self._fetch is not None:
+            poller.register(self._fetch, select.POLLIN)
         wait = max(0.0, min(self._deadlines.values()) - time.monotonic())
         ready = dict(poller.poll(wait * 1000 + 1))
         if self._signals in ready:
@@ -156,6 +163,7 @@ class Watch:
         if oom >= 0 and oom in ready:
             os.read(oom, 4096)
             self._check_oom()
+        self._read_answer()
         self._on_deadlines()
         return pidfd in ready
 
@@ -260,10 +268,17 @@ class Watch:
         self._result.up_after_s = now - self._begin
         self._voice.event("State changed from starting to up")
         self._state = "up"
-        if self._on_up is not None and self._on_up():
-            self._result.answered = True
-            self._facts = replace(self._facts, stopped=True)
-            self._stop("SIGTERM")
+        self._fetch = self._on_up()
+
+    def _read_answer(self) -> None:
+        if self._fetch is None or (answer := self._fetch.read()) is None:
+            return
+        self._fetch.close()
+        self._fetch = None
+        self._result.answered = bool(answer)
+        self._on_answer(answer)
+        self._facts = replace(self._facts, stopped=True)
+        self._stop("SIGTERM")
 
     def _boot_failed(self) -> None:
         limit = self._wishes.boot_timeout_s
@@ -292,7 +307,8 @@ class Watch:
 
     def _check_shim(self) -> None:
         """Output that ended while init lives: the app closed it, or whoever held it is gone. Then nobody could
-        tell how the dyno ends, and it must not live on unwatched."""
+        tell how the dyno ends, and it must not live on unwatched.
+        """
         if self._output_ended and self._engine.lost(self._container) and observe.alive(self._container.pid):
             self._voice.warning("Error R99 (Platform error) -> the process that held this dyno was lost")
             self._kill()

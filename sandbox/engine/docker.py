@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import Callable
 from typing import Any
 
 import docker
@@ -138,11 +139,16 @@ class DockerEngine:
         except _FAULTS as error:
             raise EngineError(f"Docker did not remove {container_id}: {_said(error)}") from error
 
-    def remove_strays(self, keep: set[str]) -> list[str]:
-        """Removes this instance's containers that no journal knows: a create call may outlive its caller."""
+    def remove_strays(self, known: Callable[[], set[str]]) -> list[str]:
+        """Removes this instance's containers that no journal knows: a create call may outlive its caller.
+
+        ``known`` is asked after the containers are listed: a dyno that starts meanwhile has a journal by then.
+        """
         label = f"{_HOST_LABEL}={self._config.host}"
         removed = []
-        for entry in self._call(self._api.containers, all=True, filters={"label": label}):
+        found = self._call(self._api.containers, all=True, filters={"label": label})
+        keep = known()
+        for entry in found:
             name = str(entry["Labels"].get(docker_body.LABEL, ""))
             if name not in keep:
                 self.destroy(str(entry["Id"]), "")

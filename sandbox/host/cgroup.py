@@ -29,6 +29,7 @@ class Limits:
 
     memory_bytes: int | None
     memory_swap_bytes: int | None
+    tcp_bytes: int | None  # v2 counts socket buffers as memory and has no such control
     pids: int | None
     cpu_quota_us: int | None
     cpu_period_us: int | None
@@ -168,11 +169,12 @@ class Cgroup:
             weight = self._number("", "cpu.weight")
             programs = device_programs(self.paths[""])
             filters = None if programs is None else (f"bpf {programs}",)
-            return Limits(memory, total, self._number("", "pids.max"), quota, period, weight, filters)
+            return Limits(memory, total, None, self._number("", "pids.max"), quota, period, weight, filters)
         devices = self._text("devices", "devices.list")
         return Limits(
             self._number("memory", "memory.limit_in_bytes"),
             self._number("memory", "memory.memsw.limit_in_bytes"),
+            self._number("memory", "memory.kmem.tcp.limit_in_bytes"),
             self._number("pids", "pids.max"),
             self._number("cpu", "cpu.cfs_quota_us"),
             self._number("cpu", "cpu.cfs_period_us"),
@@ -186,6 +188,15 @@ class Cgroup:
             return None, None
         quota, period = text.split()
         return -1 if quota == "max" else int(quota), int(period)
+
+    def limit_tcp(self, most: int) -> None:
+        """Bounds the socket buffers of a v1 cgroup, which its memory limit does not count; runc no longer does.
+
+        Measured without it: 400 MiB queued on loopback by a dyno whose memory limit was 128 MiB.
+        """
+        path = self._file("memory", "memory.kmem.tcp.limit_in_bytes")
+        if not self.is_v2 and path is not None:
+            _write(path, str(most))
 
     def usage(self) -> Usage:
         """What is used now, and the peaks so far; zeros for what this kernel does not count."""
@@ -206,7 +217,7 @@ class Cgroup:
             )
         memory, both = (self._number("memory", f"memory.{kind}usage_in_bytes") or 0 for kind in ("", "memsw."))
         return Usage(
-            memory_bytes=memory,
+            memory_bytes=memory + (self._number("memory", "memory.kmem.tcp.usage_in_bytes") or 0),
             rss_bytes=stat.get("total_rss", 0),
             cache_bytes=stat.get("total_cache", 0),
             swap_bytes=max(0, both - memory),

@@ -145,6 +145,20 @@ def release_layer(config: Config, target: str, journal_path: str) -> None:
         remove_folder(target)
 
 
+def release_unused_layers(config: Config) -> list[str]:
+    """Unmounts every layer that no journal refers to; returns which."""
+    released = []
+    with _layers_lock(config):
+        used = journals.paths(config.journal_dir)
+        for name in os.listdir(config.layers_dir):
+            target = f"{config.layers_dir}/{name}"
+            if not any(journals.uses(path, "layer", target) for path in used):
+                unmount(target)
+                remove_folder(target)
+                released.append(target)
+    return released
+
+
 def unmount(target: str) -> None:
     """Unmounts all that is stacked on ``target``; lazily, so that a straggler cannot keep it."""
     try:
@@ -199,7 +213,7 @@ def build(
     """
     paths = SlotPaths(root=f"{folder}/root", app=f"{folder}/app", disk=f"{folder}/disk", fixed=f"{folder}/fixed")
     slug = f"{folder}/slug"
-    for path in (paths.root, paths.app, paths.disk, paths.fixed, slug):
+    for path in (paths.root, paths.app, paths.disk, paths.fixed, slug, f"{folder}/stack", f"{folder}/empty"):
         os.mkdir(path, 0o755)
     journal.record("image", image)
     copy_sparse(template(config, policy), image, needed=32 * 1024 * 1024)
@@ -208,14 +222,17 @@ def build(
     mount_image(image, paths.disk, "ext4", read_only=False, data="errors=remount-ro")
     _fill(paths.disk, files, root_uid=root_uid, uid=uid)
     if stack_layer is not None:
+        journal.record("mount", f"{folder}/stack")
+        guards = sys.ATTR_RDONLY | sys.ATTR_NOSUID | sys.ATTR_NODEV
+        sys.clone_mount(stack_layer, f"{folder}/stack", attributes=guards, userns_fd=userns_fd)
+        # Two lower layers and no upper: read-only, and with inodes of this dyno's own. On the shared inodes a lock
+        # or an inotify watch of one dyno would reach the others.
         journal.record("mount", paths.root)
-        sys.clone_mount(
-            stack_layer, paths.root, attributes=sys.ATTR_RDONLY | sys.ATTR_NOSUID | sys.ATTR_NODEV, userns_fd=userns_fd
-        )
+        _overlay(folder, "root", "lowerdir=stack:empty")
     journal.record("mount", slug)
     _clone_slug(slug_layer, slug, userns_fd)
     journal.record("mount", paths.app)
-    _overlay(folder)
+    _overlay(folder, "app", "lowerdir=slug,upperdir=disk/upper,workdir=disk/work,volatile")
     journal.record("mount", paths.fixed)
     guards = sys.ATTR_RDONLY | sys.ATTR_NOSUID | sys.ATTR_NODEV | sys.ATTR_NOEXEC
     sys.clone_mount(f"{paths.disk}/fixed", paths.fixed, attributes=guards)
@@ -236,18 +253,17 @@ def _clone_slug(layer: str, target: str, userns_fd: int) -> None:
         ) from error
 
 
-def _overlay(folder: str) -> None:
-    """The slug below, the disk above. Relative names: the options of an overlay are shown in the dyno's mountinfo.
+def _overlay(folder: str, target: str, layers: str) -> None:
+    """Mounts an overlay of folders of the slot. Relative names: an overlay's options show in the dyno's mountinfo.
 
-    ``volatile`` skips the sync of a file system that is thrown away; the feature switches pin what the kernel would
-    otherwise take from its build configuration.
+    The feature switches pin what the kernel would otherwise take from its build configuration. ``volatile`` (in
+    ``layers``) skips the sync of a file system that is thrown away.
     """
     before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.chdir(folder)
-        features = "volatile,metacopy=off,redirect_dir=off,index=off,xino=off"
-        data = f"lowerdir=slug,upperdir=disk/upper,workdir=disk/work,{features}"
-        sys.mount("overlay", "app", "overlay", _GUARDED, data)
+        features = "metacopy=off,redirect_dir=off,index=off,xino=off"
+        sys.mount("overlay", target, "overlay", _GUARDED, f"{layers},{features}")
     finally:
         os.fchdir(before)
         os.close(before)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import stat
 
 from sandbox.errors import HostError
 from sandbox.policy.spec import UIDS_PER_DYNO
 
-LEASES = "/run/lock/sandbox-uids"
+# Root's own folder: /run/lock is writable for everybody on Debian, and whoever came first would own the leases.
+LEASES = "/run/sandbox-uids"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def lease(journal: str, *, base: int, slots: int, folder: str = LEASES) -> str:
@@ -21,8 +24,8 @@ def lease(journal: str, *, base: int, slots: int, folder: str = LEASES) -> str:
 
     Ranges are taken from a random place, so that a range is rarely used again soon.
     """
-    os.makedirs(folder, mode=0o755, exist_ok=True)
-    lock = os.open(f"{folder}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _make_folder(folder)
+    lock = os.open(f"{folder}/.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         start = random.randrange(slots)  # noqa: S311 - spreads reuse, guards nothing
@@ -31,7 +34,7 @@ def lease(journal: str, *, base: int, slots: int, folder: str = LEASES) -> str:
             path = f"{folder}/{first}"
             holder = _holder(path)
             if holder is None or not os.path.exists(holder):
-                with open(path, "w", encoding="utf-8") as file:
+                with os.fdopen(os.open(path, _NEW, 0o600), "w", encoding="utf-8") as file:
                     file.write(journal)
                 return str(first)
     finally:
@@ -40,6 +43,15 @@ def lease(journal: str, *, base: int, slots: int, folder: str = LEASES) -> str:
         f"all {slots} uid ranges from {base} are taken.",
         hint="`sandbox gc` frees those of dead dynos; or raise uid_slots.",
     )
+
+
+def _make_folder(folder: str) -> None:
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise HostError(
+            f"{folder} is not a folder that only root can write to.", hint=f"remove {folder}; find out who made it."
+        )
 
 
 def release(first: str, journal: str, *, folder: str = LEASES) -> None:
@@ -58,7 +70,16 @@ def _holder(path: str) -> str | None:
 
 def release_all(journal: str, *, folder: str = LEASES) -> None:
     """Ends every lease that journal holds: for a crash between taking a lease and writing its number down."""
-    if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
         release(name, journal, folder=folder)
+
+
+def sweep(journal_dir: str, *, folder: str = LEASES) -> list[str]:
+    """Ends the leases of dynos of one instance whose journal is gone; returns which."""
+    ended = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        holder = _holder(f"{folder}/{name}") if name.isdigit() else None
+        if holder is not None and os.path.dirname(holder) == journal_dir and not os.path.exists(holder):
+            os.unlink(f"{folder}/{name}")
+            ended.append(name)
+    return ended

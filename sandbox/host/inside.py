@@ -7,6 +7,7 @@ instruction of the app.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 from sandbox.errors import HostError
@@ -27,10 +28,11 @@ def _in_child(action: Callable[[], None], what: str) -> None:
         raise HostError(f"{what} failed inside the container.")
 
 
-def restrict_engine_mounts(pid: int) -> None:
-    """What Docker leaves out on its own mounts: nosuid and nodev on /, noexec on /dev, and no tie to the host's /.
+def restrict_engine_mounts(pid: int, *, max_terminals: int) -> None:
+    """Adds what Docker leaves out on its own mounts.
 
-    Docker makes the container's root a slave of the host's mount: what the host mounts below it would show up inside.
+    nosuid and nodev on /, noexec on /dev, a bound on terminals, and no tie to the host: Docker makes the container's
+    root a slave of the host's mount, and what the host mounts below it would show up inside.
     """
     fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -38,6 +40,9 @@ def restrict_engine_mounts(pid: int) -> None:
         sys.setns(fd, sys.CLONE_NEWNS)
         sys.restrict_mount("/", attributes=sys.ATTR_RDONLY | sys.ATTR_NOSUID | sys.ATTR_NODEV)
         sys.restrict_mount("/dev", attributes=sys.ATTR_NOSUID | sys.ATTR_NOEXEC)
+        # Terminals come from one pool of the host; without a bound of its own, one dyno can take them all.
+        flags = sys.MS_REMOUNT | sys.MS_NOSUID | sys.MS_NOEXEC
+        sys.mount("devpts", "/dev/pts", "devpts", flags, f"ptmxmode=0666,mode=0620,gid=5,max={max_terminals}")
 
     try:
         _in_child(action, "restricting the root file system")
@@ -45,41 +50,55 @@ def restrict_engine_mounts(pid: int) -> None:
         os.close(fd)
 
 
-def connect(pid: int, port: int, request: bytes, *, timeout_s: float) -> bytes:
-    """Sends ``request`` to the app's port from within its network namespace and returns the answer.
+class Fetch:
+    """One request to the app's port, from within its network namespace, answered in its own time.
 
-    The child is in the dyno's network namespace only, not in its process or mount namespaces: the app can neither
-    see nor trace it.
+    The child that asks is in the dyno's network namespace only, not in its process or mount namespaces: the app can
+    neither see nor trace it. It ends by itself after ``timeout_s``, however slowly the app answers; the caller polls
+    ``fileno`` and is never held up.
     """
+
+    MOST = 65536
+
+    def __init__(self, pid: int, port: int, request: bytes, *, timeout_s: int) -> None:
+        namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._fd, write_end = os.pipe()
+        self._answer = b""
+        self._child = os.fork()
+        if self._child == 0:  # pragma: no cover - the child never returns
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(timeout_s)
+                sys.setns(namespace, sys.CLONE_NEWNET)
+                _ask(port, request, write_end)
+            finally:
+                os._exit(1)
+        os.close(namespace)
+        os.close(write_end)
+        os.set_blocking(self._fd, False)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self) -> bytes | None:
+        """Takes in what has come; the whole answer (perhaps empty) once it has ended, else None."""
+        try:
+            piece = os.read(self._fd, self.MOST)
+        except BlockingIOError:
+            return None
+        self._answer += piece
+        return None if piece and len(self._answer) < self.MOST else self._answer
+
+    def close(self) -> None:
+        os.close(self._fd)
+        os.kill(self._child, signal.SIGKILL)
+        os.waitpid(self._child, 0)
+
+
+def _ask(port: int, request: bytes, out: int) -> None:
     import socket  # only this one-shot request needs it
 
-    fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    read_end, write_end = os.pipe()
-
-    def action() -> None:
-        sys.setns(fd, sys.CLONE_NEWNET)
-        with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
-            connection.sendall(request)
-            with os.fdopen(write_end, "wb") as out:
-                total = 0
-                while total < 65536 and (piece := connection.recv(65536)):
-                    total += len(piece)
-                    out.write(piece[:65536])
-
-    child = os.fork()
-    if child == 0:  # pragma: no cover - the child never returns
-        status = 1
-        try:
-            os.close(read_end)
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(fd)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as answer:
-        text = answer.read()
-    _, status = os.waitpid(child, 0)
-    if status != 0:
-        raise HostError(f"nothing answered on port {port} inside the dyno.")
-    return text
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(request)
+        while piece := connection.recv(65536):
+            os.write(out, piece)

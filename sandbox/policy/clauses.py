@@ -38,7 +38,7 @@ _PROMISES = {
     Clause.UID: "runs as an unprivileged host id that no other dyno has",
     Clause.CAPABILITIES: "no thread has a capability in any set",
     Clause.NO_NEW_PRIVILEGES: "no program can gain rights when it is started",
-    Clause.SECCOMP: "every thread runs under the system-call policy",
+    Clause.SECCOMP: "every thread runs under a system-call filter",
     Clause.NAMESPACES: "processes, mounts, IPC, host name, network and cgroups are its own",
     Clause.NETWORK: "its network namespace holds loopback and nothing else",
     Clause.MOUNTS: "sees the planned mounts, with their flags, and no other",

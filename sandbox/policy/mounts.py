@@ -57,13 +57,14 @@ PLAN = (
 MASKED = tuple(
     f"/proc/{name}"
     for name in """
-    acpi asound bootconfig buddyinfo cmdline config.gz crypto diskstats dma driver dynamic_debug execdomains fb
-    interrupts iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats
-    locks mdstat misc modules mtrr pagetypeinfo partitions pressure sched_debug schedstat scsi slabinfo softirqs
-    swaps timer_list timer_stats tty vmallocinfo zoneinfo
+    acpi asound bootconfig buddyinfo bus cgroups cmdline config.gz crypto diskstats dma driver dynamic_debug
+    execdomains fb fs interrupts iomem ioports irq kallsyms kcore key-users keys kmsg kpagecgroup kpagecount
+    kpageflags latency_stats locks mdstat misc modules mtrr pagetypeinfo partitions pressure sched_debug schedstat
+    scsi slabinfo softirqs swaps timer_list timer_stats tty vmallocinfo zoneinfo
     """.split()
 )
-READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+READ_ONLY = ("/proc/sys", "/proc/sysrq-trigger")
 
 # Character devices: name, major, minor (Documentation/admin-guide/devices.txt). ptmx is a link to pts/ptmx.
+MAX_TERMINALS = 64
 DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))

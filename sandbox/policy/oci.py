@@ -70,7 +70,7 @@ def _mount(mount: Mount, spec: ContainerSpec) -> Json:
             options = [*flags, "strictatime", "mode=755", "size=65536", "nr_inodes=256"]
             return {"destination": mount.target, "type": "tmpfs", "source": "tmpfs", "options": options}
         case Source.DEVPTS:
-            options = [*flags, "newinstance", "ptmxmode=0666", "mode=0620", "gid=5", "max=64"]
+            options = [*flags, "newinstance", "ptmxmode=0666", "mode=0620", "gid=5", f"max={mounts.MAX_TERMINALS}"]
             return {"destination": mount.target, "type": "devpts", "source": "devpts", "options": options}
         case Source.SHM:
             policy = spec.policy

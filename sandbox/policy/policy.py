@@ -46,6 +46,7 @@ class Policy:
     memory_kill_bytes: int  # at it: R15
     memory_max_bytes: int  # the cgroup's memory limit
     memory_swap_max_bytes: int  # the cgroup's limit on memory and swap together
+    tcp_max_bytes: int  # v1 only: socket buffers, which its memory limit does not count
     pids_max: int
     cpu_shares: int
     cpu_quota_us: int  # per CPU_PERIOD_US; 0 = no cap
@@ -110,6 +111,7 @@ def make(
         memory_kill_bytes=kill,
         memory_max_bytes=quota if swap else kill,
         memory_swap_max_bytes=kill,
+        tcp_max_bytes=quota // 8,
         pids_max=processes,
         cpu_shares=size.cpu_shares,
         cpu_quota_us=round(cap * CPU_PERIOD_US),

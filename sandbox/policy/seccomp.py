@@ -50,7 +50,7 @@ ALLOWED = tuple(
     getsockname getsockopt get_thread_area gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
     inotify_init1 inotify_rm_watch ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
     landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat
-    madvise membarrier memfd_create mincore mkdir mkdirat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify
+    madvise membarrier mincore mkdir mkdirat mlock mlock2 mlockall mprotect mq_getsetattr mq_notify
     mq_open mq_timedreceive mq_timedsend mq_unlink mremap msgctl msgget msgrcv msgsnd msync munlock munlockall munmap
     nanosleep newfstatat pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll
     pread64 preadv preadv2 prlimit64 process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead readlink
@@ -60,7 +60,7 @@ ALLOWED = tuple(
     sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler
     sched_yield select semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto setfsgid setfsuid setgid
     setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit set_robust_list setsid
-    set_tid_address setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 splice stat
+    set_tid_address setuid setxattr shmat shmctl shmdt shutdown sigaltstack signalfd signalfd4 splice stat
     statfs statx symlink symlinkat syncfs sync_file_range sysinfo tee tgkill time timer_create timer_delete
     timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate
     umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write writev
@@ -86,8 +86,10 @@ _O_CREAT, _O_TMPFILE_BIT = 0o100, 0o20000000
 
 UNIX, INET, INET6, NETLINK = 1, 2, 10, 16
 FAMILIES = (UNIX, INET, INET6, NETLINK)
-# IPPROTO_IP, TCP, UDP: no SCTP, DCCP, UDP-Lite, MPTCP, ICMP, raw.
-INET_PROTOCOLS = (0, 6, 17)
+# SOCK_STREAM with IPPROTO_IP or TCP, SOCK_DGRAM with IPPROTO_IP or UDP: no SCTP, DCCP, UDP-Lite, MPTCP, ICMP, raw.
+SOCKET_TYPES = {1: (0, 6), 2: (0, 17)}
+# Huge pages come from a host-wide pool that no memory limit counts (there is no hugetlb limit on every host).
+_MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 4, 0o4000
 
 # ioctl requests: terminals (0x54..) but three, sockets' read-outs (0x89..), and the file ones that tools use.
 # asm-generic/ioctls.h: TIOCSTI types into the terminal's reader, TIOCLINUX pastes, TIOCSETD autoloads line disciplines.
@@ -165,8 +167,10 @@ def rules() -> tuple[Rule, ...]:
         partly("mknod", [Arg(1, _FILE_TYPE | _SET_ID, kind)])
         partly("mknodat", [Arg(2, _FILE_TYPE | _SET_ID, kind)])
     partly("socket", [equals(0, UNIX)], [equals(0, NETLINK), equals(2, 0)])
-    for protocol in INET_PROTOCOLS:
-        partly("socket", [equals(0, INET), equals(2, protocol)], [equals(0, INET6), equals(2, protocol)])
+    # The type too: protocol 0 means SCTP with SOCK_SEQPACKET, DCCP with SOCK_DCCP, AF_PACKET with SOCK_PACKET.
+    for family in (INET, INET6):
+        for kind, protocols in SOCKET_TYPES.items():
+            partly("socket", *([equals(0, family), Arg(1, 0xF, kind), equals(2, p)] for p in protocols))
     # What a program expects from a kernel that was built without the family.
     partly("socket", *([arg] for arg in all_but(0, FAMILIES, bits=6)), refuse=errno.EAFNOSUPPORT)
     partly("socketpair", [equals(0, UNIX)])
@@ -176,6 +180,9 @@ def rules() -> tuple[Rule, ...]:
     partly("ioctl", [Arg(1, 0xFFFFFF00, SOCKET_IOCTLS)], *([equals(1, request)] for request in IOCTLS))
     partly("prctl", *([arg] for arg in all_but(0, PRCTLS_REFUSED, bits=7)), *([equals(0, option)] for option in PRCTLS))
     partly("arch_prctl", *([equals(0, code)] for code in ARCH_PRCTLS))
+    partly("mmap", [clear(3, _MAP_HUGETLB)])
+    partly("memfd_create", [clear(1, _MFD_HUGETLB)])
+    partly("shmget", [clear(2, _SHM_HUGETLB)])
     partly("personality", [equals(0, 0)], [equals(0, 0xFFFFFFFF)])
     partly("seccomp", [clear(1, _SECCOMP_NEW_LISTENER)])
     allow.append(Rule(ABSENT, refuse=errno.ENOSYS))

@@ -99,7 +99,7 @@ class Builder:
             _write_files(f"{disk}/tmp/fetch", dependencies, uid)
 
         def take(disk: str) -> None:
-            if os.path.isdir(f"{disk}/tmp/depot"):
+            if os.path.lexists(f"{disk}/tmp/depot"):
                 sources.scan(f"{disk}/tmp/depot", copy_to=depot, built=True)
 
         command = f"cd /tmp/fetch && {_FETCH[plan.kind]}"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sandbox.dyno.watch import Result, Voice
 
 PORT = 5000
+_GET_TIMEOUT_S = 10
 SLUG_FORMAT = "1"  # a change here makes every cached slug stale
 
 
@@ -82,12 +83,14 @@ def run(
     make_voice: MakeVoice,
     progress: Progress,
     signals: int,
+    hold: Callable[[], None] = lambda: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Report:
     """Runs one dyno from the app's folder to the end of its process, and takes everything down again.
 
-    ``signals``: a descriptor from which signal numbers come. Raises SandboxError before the start; afterwards the
-    result says how it ended.
+    ``signals``: a descriptor from which signal numbers come. ``hold`` is called once there is something to take
+    down: from then on a signal must not interrupt us, but come through that descriptor. ``meanwhile`` loads what the
+    caller needs later. Raises SandboxError before the start; afterwards the result says how it ended.
     """
     phases = Phases()
     os.umask(0o022)
@@ -117,6 +120,7 @@ def run(
         progress(f"engine {engine.name} ({engine.runtime}): {why}")
     stack = stacks.find(config, Variant.RUNTIME)
     phases.mark("plan")
+    hold()
     key = slug_key(config, source, plan, stack)
     slug = slugs.find(config, key)
     if slug is None:
@@ -205,7 +209,9 @@ def _load(more: Callable[[], None]) -> None:
 def slug_key(config: Config, source: sources.Source, plan: Plan, runtime: Stack) -> str:
     """What a slug depends on: the app's content, its install step, and the images it is built and run with."""
     builder = stacks.find(config, Variant.BUILD).digest if plan.install else ""
-    inputs = (SLUG_FORMAT, source.digest, plan.install, runtime.digest, builder)
+    # The list that is fetched is read after the digest was taken: it is part of the key by itself.
+    fetched = repr(plan.dependencies)
+    inputs = (SLUG_FORMAT, source.digest, plan.install, fetched, runtime.digest, builder)
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()
 
 
@@ -221,16 +227,19 @@ def _watch(
 ) -> Result:
     """Watches the dyno to its end."""
     from sandbox.dyno.watch import Watch, Wishes
-    from sandbox.host import inside
+    from sandbox.host.inside import Fetch
 
-    def fetch() -> bool:
+    def ask() -> Fetch | None:
         if not request.get:
-            return False
+            return None
         head = f"GET {request.get} HTTP/1.0\r\nHost: {started.container.container_id}\r\n\r\n"
-        answer = inside.connect(started.container.pid, port, head.encode(), timeout_s=10.0)
+        return Fetch(started.container.pid, port, head.encode(), timeout_s=_GET_TIMEOUT_S)
+
+    def show(answer: bytes) -> None:
         for line in answer.decode("utf-8", "replace").splitlines()[:40]:
             voice.event(f"GET {request.get}: {line}")
-        return True
+        if not answer:
+            voice.warning(f"GET {request.get}: no answer within {_GET_TIMEOUT_S} s")
 
     try:
         return Watch(
@@ -252,7 +261,8 @@ def _watch(
             voice=voice,
             kernel_log=log,
             signals=signals,
-            on_up=fetch,
+            on_up=ask,
+            on_answer=show,
         ).run()
     finally:
         started.attachment.close()

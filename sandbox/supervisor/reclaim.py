@@ -11,7 +11,7 @@ from sandbox.config import Config
 from sandbox.dyno import slot
 from sandbox.engine.base import Engine
 from sandbox.errors import HostError, SandboxError
-from sandbox.host import cgroup, disk
+from sandbox.host import cgroup, disk, ids
 from sandbox.host import journal as journals
 from sandbox.host.journal import Journal
 from sandbox.supervisor import engines
@@ -79,46 +79,52 @@ def reclaim(config: Config) -> list[tuple[str, list[str]]]:
 
 
 def sweep(config: Config) -> list[str]:
-    """Removes what carries this instance's name and is in no journal at all: a journal can be lost."""
-    known = {os.path.basename(path).removesuffix(".jsonl") for path in journals.paths(config.journal_dir)}
+    """Removes what carries this instance's name and is in no journal at all: a journal can be lost.
+
+    A dyno writes its journal before anything else. So the candidates are listed first and the journals afterwards:
+    what was there before and has no journal then belongs to nobody, however many dynos start meanwhile.
+    """
+    groups = {name for path in set(cgroup.Cgroup.at("").paths.values()) for name in _list(path)}
+    folders, disks = _list(config.dynos_dir), _list(config.disks_dir)
+    drafts = [f"{config.journal_dir}/{name}" for name in _list(config.journal_dir) if name.endswith(".new")]
+    known = _known(config)
     removed: list[str] = []
-    for name in _list(config.journal_dir):
-        draft = f"{config.journal_dir}/{name}"
-        if name.endswith(".new") and not journals.is_live(draft):
+    for draft in drafts:
+        # A living owner renames its draft within the same millisecond.
+        if os.path.exists(draft) and time.time() - os.stat(draft).st_mtime > 60:
             os.unlink(draft)
             removed.append(draft)
-    root = cgroup.Cgroup.at("")
-    for container_id in {name for path in root.paths.values() for name in _list(path)}:
+    for container_id in sorted(groups):
         if names.is_container_id(container_id, config.host) and container_id not in known:
+            _end_strays(container_id)
             group = cgroup.Cgroup.at(names.cgroup(container_id))
             if group.kill() and group.remove():
                 removed.append(f"cgroup {container_id}")
-    for container_id in _list(config.dynos_dir):
+    for container_id in folders:
         if container_id not in known:
             folder = f"{config.dynos_dir}/{container_id}"
             for target in _mounts_below(folder):
                 disk.unmount(target)
             disk.remove_tree(folder)
             removed.append(folder)
-    for name in _list(config.layers_dir):
-        target = f"{config.layers_dir}/{name}"
-        if not any(journals.uses(path, "layer", target) for path in journals.paths(config.journal_dir)):
-            disk.unmount(target)
-            disk.remove_folder(target)
-            removed.append(target)
-    for name in _list(config.disks_dir):
+    for name in disks:
         container_id = name.removesuffix(".ext4")
         if names.is_container_id(container_id, config.host) and container_id not in known:
             os.unlink(f"{config.disks_dir}/{name}")
             removed.append(f"{config.disks_dir}/{name}")
+    removed += disk.release_unused_layers(config)
+    removed += [f"uid range {first}" for first in ids.sweep(config.journal_dir)]
     return removed
+
+
+def _known(config: Config) -> set[str]:
+    return {os.path.basename(path).removesuffix(".jsonl") for path in journals.paths(config.journal_dir)}
 
 
 def _docker_strays(config: Config) -> list[tuple[str, list[str]]]:
     engine = engines.make(config, "docker", None)
     remove = getattr(engine, "remove_strays", None)
-    keep = {os.path.basename(path).removesuffix(".jsonl") for path in journals.paths(config.journal_dir)}
-    return [(name, ["container"]) for name in (remove(keep) if remove else [])]
+    return [(name, ["container"]) for name in (remove(lambda: _known(config)) if remove else [])]
 
 
 def _list(path: str) -> list[str]:

@@ -64,7 +64,7 @@ def test_control_without_the_image_more_bytes_and_files_fit(sandbox, engine):
     created, error = sandbox.attack(engine, INODES, "--disk", "64M", *waive, mutant="no-quota")
     assert (created, error) == (20000, None)
     code = FILL.replace("while True", "while n < 100 * 1048576").replace("return [n, errno", "return [n, errno")
-    code = code.replace('    except OSError as e:', '        return [n, None]\n    except OSError as e:')
+    code = code.replace("    except OSError as e:", "        return [n, None]\n    except OSError as e:")
     results = sandbox.attack(engine, code, "--disk", "64M", *waive, "--waive", "rlimits", mutant="no-quota+no-rlimits")
     assert results[0] == [100 * MIB, None]
 
@@ -87,7 +87,17 @@ print(json.dumps([attempt(lambda: os.posix_fallocate(fd, 0, 1 << 40)), attempt(l
 
 def test_what_was_written_is_reported(sandbox, engine, app):
     path = app(run="x")
-    done = sandbox("run", "--json", "--engine", engine, path, "--", "sh", "-c", "head -c 5000000 /dev/zero > /app/f; touch /tmp/a /tmp/b")
+    done = sandbox(
+        "run",
+        "--json",
+        "--engine",
+        engine,
+        path,
+        "--",
+        "sh",
+        "-c",
+        "head -c 5000000 /dev/zero > /app/f; touch /tmp/a /tmp/b",
+    )
     document = done.json()
     assert 5_000_000 <= document["disk_written_bytes"] < 5_200_000
     assert document["disk_written_inodes"] == 3
@@ -118,7 +128,9 @@ def test_a_gigabyte_of_output_passes_and_fills_nothing(sandbox, engine, app):
     import subprocess
 
     before = free(sandbox.state)
-    process = sandbox.start("run", "--raw", "-q", "--engine", engine, app(run="x"), "--", "head", "-c", str(1 << 30), "/dev/zero")
+    process = sandbox.start(
+        "run", "--raw", "-q", "--engine", engine, app(run="x"), "--", "head", "-c", str(1 << 30), "/dev/zero"
+    )
     count = subprocess.run(["wc", "-c"], stdin=process.stdout, capture_output=True, check=True).stdout
     assert process.wait(120) == 0, process.stderr.read()
     process.stdout.close(), process.stderr.close()

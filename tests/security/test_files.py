@@ -28,7 +28,11 @@ def test_only_its_own_folders_are_writable(sandbox, engine):
 
 def test_control_a_writable_root_is_writable_for_its_owner(sandbox):
     """Docker, with a root file system that is not read-only and the uid that owns it."""
-    code = WRITES.replace("print(", "results = ").replace("}))", "}\nprint(json.dumps(results))").replace("json.dumps({", "{", 1)
+    code = (
+        WRITES.replace("print(", "results = ")
+        .replace("}))", "}\nprint(json.dumps(results))")
+        .replace("json.dumps({", "{", 1)
+    )
     waivers = [f"--waive={clause}" for clause in ("mounts", "uid", "capabilities")]
     results = sandbox.attack("docker", code, *waivers, mutant="rw-root+uid-0+no-root-guard")
     assert results["/usr/x"] == "ok"
@@ -128,5 +132,13 @@ print(json.dumps(found))
 
 def test_dev_holds_six_harmless_devices(sandbox, engine):
     found = sandbox.attack(engine, DEVICES)
-    expected = {"null": [1, 3], "zero": [1, 5], "full": [1, 7], "random": [1, 8], "urandom": [1, 9], "tty": [5, 0], "pts/ptmx": [5, 2]}
+    expected = {
+        "null": [1, 3],
+        "zero": [1, 5],
+        "full": [1, 7],
+        "random": [1, 8],
+        "urandom": [1, 9],
+        "tty": [5, 0],
+        "pts/ptmx": [5, 2],
+    }
     assert found == {f"/dev/{name}": numbers for name, numbers in expected.items()}

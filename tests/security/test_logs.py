@@ -26,29 +26,54 @@ def test_every_physical_line_carries_its_own_prefix(sandbox, engine):
 
 
 def test_raw_passes_bytes_and_keeps_the_streams_apart(sandbox, engine):
-    done = sandbox("run", "--raw", "-q", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", "printf 'a\\033[2Jb'; printf err >&2")
+    done = sandbox(
+        "run",
+        "--raw",
+        "-q",
+        "--engine",
+        engine,
+        str(EXAMPLES / "shell"),
+        "--",
+        "sh",
+        "-c",
+        "printf 'a\\033[2Jb'; printf err >&2",
+    )
     assert (done.out, done.err) == ("a\x1b[2Jb", "err")
 
 
 def test_the_rest_without_a_newline_is_shown(sandbox, engine):
-    assert lines(sandbox("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "printf", "no newline")) == ["no newline"]
+    assert lines(sandbox("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "printf", "no newline")) == [
+        "no newline"
+    ]
 
 
 def test_stdin_is_passed_and_ends(sandbox, engine):
-    done = sandbox("run", "--raw", "-q", "--engine", engine, str(EXAMPLES / "shell"), "--", "wc", "-c", stdin=b"x" * 3_000_000)
+    done = sandbox(
+        "run", "--raw", "-q", "--engine", engine, str(EXAMPLES / "shell"), "--", "wc", "-c", stdin=b"x" * 3_000_000
+    )
     assert done.out.strip() == "3000000"
 
 
 def test_closing_stdout_does_not_end_the_dyno(sandbox, engine):
     done = sandbox(
-        "run", "--raw", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", "echo first; exec >&- 2>&-; sleep 2.5; exit 7"
+        "run",
+        "--raw",
+        "--engine",
+        engine,
+        str(EXAMPLES / "shell"),
+        "--",
+        "sh",
+        "-c",
+        "echo first; exec >&- 2>&-; sleep 2.5; exit 7",
     )
     assert done.out == "first\n"
     assert done.status == 7
 
 
 def test_a_reader_that_goes_away_stops_the_dyno(sandbox, engine):
-    process = sandbox.start("run", "--raw", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", "while echo line; do :; done")
+    process = sandbox.start(
+        "run", "--raw", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", "while echo line; do :; done"
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(60) in (143, 141, 1)
@@ -60,7 +85,11 @@ def test_a_command_on_a_terminal_gets_a_terminal(sandbox, engine):
     """A real pseudo-terminal: the app sees a tty of its own with our size, echo works, Ctrl-C goes to the app."""
     pid, fd = pty.fork()
     if pid == 0:
-        os.execvp(*(lambda argv: (argv[0], argv))(sandbox.argv("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "bash", "--norc")))
+        os.execvp(
+            *(lambda argv: (argv[0], argv))(
+                sandbox.argv("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "bash", "--norc")
+            )
+        )
     import fcntl
     import struct
     import termios
@@ -104,5 +133,10 @@ def test_a_command_on_a_terminal_gets_a_terminal(sandbox, engine):
 
 def test_exit_codes(sandbox, engine):
     shell = str(EXAMPLES / "shell")
-    for command, status in ((["sh", "-c", "exit 42"], 42), (["no-such-command"], 127), (["/etc/passwd"], 126), (["sh", "-c", "kill -9 $$"], 137)):
+    for command, status in (
+        (["sh", "-c", "exit 42"], 42),
+        (["no-such-command"], 127),
+        (["/etc/passwd"], 126),
+        (["sh", "-c", "kill -9 $$"], 137),
+    ):
         assert sandbox("run", "--raw", "--engine", engine, shell, "--", *command).status == status, command

@@ -43,7 +43,9 @@ def test_threads_count_as_processes(sandbox, engine):
 
 
 def test_control_without_the_clause_the_forks_go_on(sandbox, engine):
-    forked, error = sandbox.attack(engine, FORKS.format(most=150), "--pids", "64", "--waive", "pids", "--waive", "rlimits", mutant="no-rlimits")
+    forked, error = sandbox.attack(
+        engine, FORKS.format(most=150), "--pids", "64", "--waive", "pids", "--waive", "rlimits", mutant="no-rlimits"
+    )
     assert (forked, error) == (150, None)
 
 
@@ -57,7 +59,9 @@ def test_a_real_fork_bomb_is_contained_reported_and_ended(sandbox, engine):
 
 def test_hits_are_counted_in_the_document(sandbox, engine):
     code = FORKS.format(most=1000) + "\n"
-    done = sandbox("run", "--json", "--engine", engine, "--pids", "64", str(EXAMPLES / "shell"), "--", "python3", "-", stdin=code)
+    done = sandbox(
+        "run", "--json", "--engine", engine, "--pids", "64", str(EXAMPLES / "shell"), "--", "python3", "-", stdin=code
+    )
     document = done.json()
     assert document["pids_limit_reached"] is True
     assert document["pids_max"] == document["pids_peak"] == 64

@@ -73,11 +73,17 @@ def test_two_dynos_share_no_namespace_and_no_id(sandbox, engine):
     from sandbox.host.cgroup import Cgroup
 
     shell = str(EXAMPLES / "shell")
-    first, second = (sandbox.start("run", "--raw", "-q", "--engine", engine, shell, "--", "sleep", "30") for _ in range(2))
+    first, second = (
+        sandbox.start("run", "--raw", "-q", "--engine", engine, shell, "--", "sleep", "30") for _ in range(2)
+    )
     try:
         folder = f"{sandbox.state}/journal"
-        ids = wait_for(lambda: [h["id"] for _, h in journal.headers(folder)] if len(journal.paths(folder)) == 2 else None)
-        pids = [wait_for(lambda i=i: [p for p in Cgroup.at(f"/{i}").pids() if observe.name(p) == "sleep"])[0] for i in ids]
+        ids = wait_for(
+            lambda: [h["id"] for _, h in journal.headers(folder)] if len(journal.paths(folder)) == 2 else None
+        )
+        pids = [
+            wait_for(lambda i=i: [p for p in Cgroup.at(f"/{i}").pids() if observe.name(p) == "sleep"])[0] for i in ids
+        ]
         kinds = [kind for kind in observe.NAMESPACES if not (engine == "docker" and kind == "user")]
         for kind in kinds:
             inodes = {observe.namespace(pid, kind) for pid in (*pids, os.getpid())}
@@ -93,7 +99,9 @@ def test_two_dynos_share_no_namespace_and_no_id(sandbox, engine):
 
 
 def test_ctrl_c_ends_a_dyno_that_obeys(sandbox, engine):
-    process = sandbox.start("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", "echo ready; exec sleep 60")
+    process = sandbox.start(
+        "run", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", "echo ready; exec sleep 60"
+    )
     _read_until(process, b"]: ready")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -37,7 +37,9 @@ def test_a_kill_at_any_step_leaves_nothing_after_the_next_command(crashing, engi
     total = steps_of_a_whole_run(crashing, engine)
     assert total > 15
     for step in range(1, total + 1):
-        done = crashing("run", "-q", "--raw", "--engine", engine, SHELL, "--", "true", mutant="die-at", DIE_AT=str(step))
+        done = crashing(
+            "run", "-q", "--raw", "--engine", engine, SHELL, "--", "true", mutant="die-at", DIE_AT=str(step)
+        )
         assert done.status == -signal.SIGKILL, (step, done)
         reclaimed = crashing("gc")
         assert reclaimed.status == 0, (step, done.err, reclaimed)
@@ -64,7 +66,19 @@ def test_control_without_a_next_command_the_leftovers_are_there(crashing, engine
 
 
 def test_a_living_dyno_is_left_alone(crashing, engine):
-    process = crashing.start("run", "--raw", "-q", "--engine", engine, SHELL, "--", "sh", "-c", "echo up; read line; echo got $line", stdin=subprocess.PIPE)
+    process = crashing.start(
+        "run",
+        "--raw",
+        "-q",
+        "--engine",
+        engine,
+        SHELL,
+        "--",
+        "sh",
+        "-c",
+        "echo up; read line; echo got $line",
+        stdin=subprocess.PIPE,
+    )
     assert process.stdout.readline() == b"up\n"
     assert "Nothing was left behind." in crashing("gc").out
     listed = crashing("ps", "--json")
@@ -91,7 +105,10 @@ def test_a_container_killed_behind_dockers_back_is_said(crashing, docker_host):
     process = crashing.start("run", "--engine", "docker", SHELL, "--", "sleep", "60")
     wait_for(lambda: census_kind(crashing, "sleep"))
     subprocess.run(
-        f"docker -H {docker_host} ps -q --filter label=sandbox.host | xargs docker -H {docker_host} kill", shell=True, check=True, capture_output=True
+        f"docker -H {docker_host} ps -q --filter label=sandbox.host | xargs docker -H {docker_host} kill",
+        shell=True,
+        check=True,
+        capture_output=True,
     )
     _, err = process.communicate(timeout=60)
     assert process.returncode == 137
@@ -130,8 +147,7 @@ def test_a_lost_journal_is_made_up_for_by_names(crashing):
     finally:
         foreign.rmdir()
     shutil.rmtree(f"{crashing.run_dir}/runtime", ignore_errors=True)
-    left = [entry for entry in census(crashing) if not entry.startswith("uid range")]
-    assert left == []
+    assert census(crashing) == []
 
 
 def test_two_instances_do_not_meet(home, sandbox, docker_host):
@@ -151,7 +167,10 @@ def test_two_instances_do_not_meet(home, sandbox, docker_host):
 def test_many_dynos_at_once(crashing):
     """Ten starts together: every one runs, shared layers are mounted once and gone at the end."""
     begin = time.monotonic()
-    processes = [crashing.start("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "sh", "-c", "echo ok; sleep 1") for _ in range(10)]
+    processes = [
+        crashing.start("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "sh", "-c", "echo ok; sleep 1")
+        for _ in range(10)
+    ]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [out for out, _ in outputs] == [b"ok\n"] * 10, outputs
     assert time.monotonic() - begin < 100
