@@ -227,6 +227,47 @@ def docker_lacks_pids() -> None:
     docker.APIClient.info = lambda self: {**original(self), "PidsLimit": False}
 
 
+def no_runtime() -> None:
+    """A host without runc, crun and runsc."""
+    from sandbox import hostcmd
+
+    original = hostcmd.which
+    hostcmd.which = lambda program: None if program in ("runc", "crun", "runsc") else original(program)
+
+
+def all_caps() -> None:
+    _edit_docker(lambda h, _: h.update(CapDrop=[], CapAdd=["SETUID", "SETGID", "SYS_NICE"]))
+
+
+def setuid_slug() -> None:
+    """Packs the slug with a setuid bit that belongs to another id: as if checking and stripping were not there."""
+    from sandbox.app import slug
+
+    original, run = slug.pack, slug.hostcmd.run
+
+    def pack(config, tree, key):
+        helper = Path(tree, "helper")
+        os.chown(helper, 7, 7)
+        os.chmod(helper, 0o4755)
+        slug.hostcmd.run = lambda argv, **more: run(
+            [a for a in argv if a not in ("-force-uid", "-force-gid", "1000")], **more
+        )
+        return original(config, tree, key + "s" * 8)
+
+    slug.pack = pack
+    slug.find = lambda *_: None
+
+
+def suid_mounts() -> None:
+    """No mount is nosuid."""
+    from sandbox.host import disk, inside, syscalls
+
+    syscalls.ATTR_NOSUID = 0
+    disk._GUARDED = 0
+    inside.restrict_engine_mounts = lambda *_, **__: None
+    _edit_oci(lambda c: [m.update(options=[o for o in m["options"] if o != "nosuid"]) for m in c["mounts"]])
+
+
 def no_verify() -> None:
     from sandbox.dyno import verify
 

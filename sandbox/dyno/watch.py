@@ -292,7 +292,10 @@ class Watch:
 
     def _sample_usage(self) -> Usage:
         before = self._result.usage
-        now = _highest(before, self._cgroup.usage() if self._cgroup.exists() else Usage())
+        now = before
+        # Docker removes the container's cgroup at its end; its parent, which is ours, still has the peaks.
+        for group in (self._cgroup, self._totals):
+            now = _highest(now, group.usage() if group.exists() else Usage())
         limit = self._policy.pids_max
         # RLIMIT_NPROC has the same value and refuses first, uncounted; the peak tells that the limit was reached.
         if now.pids_refused > before.pids_refused or max(before.pids, before.pids_peak) < limit <= max(
@@ -351,7 +354,7 @@ class Watch:
             if any(outlet.pending for outlet in self._voice.outlets):
                 deadline += time.monotonic() - before
         self._check_oom()
-        self._result.usage = _highest(self._sample_usage(), self._totals.usage() if self._totals.exists() else Usage())
+        self._sample_usage()
         status = self._engine.exit_status(self._container, timeout_s=5.0)
         self._facts = replace(self._facts, status=status)
         if not self._cgroup.kill():

@@ -13,7 +13,10 @@ UIDS_PER_DYNO = 65536
 # FIFO blocks until the supervisor has read the wall back from the kernel; what then comes through it are the
 # dyno's config vars, so none of them (LD_PRELOAD, say) touches a process before the verdict, none is on a command
 # line and none on a disk. A supervisor that dies half-way leaves the mark unset, and the app never starts.
-GATE = '. /run/gate/fifo; [ "$SANDBOX_GATE" = open ] || exit 125; unset SANDBOX_GATE; exec "$@"'
+# It also evens out what engines add by themselves: a file-mode mask, a HOSTNAME variable.
+GATE = (
+    'umask 077; unset HOSTNAME; . /run/gate/fifo; [ "$SANDBOX_GATE" = open ] || exit 125; unset SANDBOX_GATE; exec "$@"'
+)
 INIT = ("/usr/bin/tini", "--", "/bin/sh", "-c", GATE, "gate")
 PATH = "/usr/local/bin:/usr/bin:/bin"
 

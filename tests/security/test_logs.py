@@ -85,11 +85,8 @@ def test_a_command_on_a_terminal_gets_a_terminal(sandbox, engine):
     """A real pseudo-terminal: the app sees a tty of its own with our size, echo works, Ctrl-C goes to the app."""
     pid, fd = pty.fork()
     if pid == 0:
-        os.execvp(
-            *(lambda argv: (argv[0], argv))(
-                sandbox.argv("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "bash", "--norc")
-            )
-        )
+        argv = sandbox.argv("run", "--engine", engine, str(EXAMPLES / "shell"), "--", "bash", "--norc")
+        os.execvp(argv[0], argv)
     import fcntl
     import struct
     import termios

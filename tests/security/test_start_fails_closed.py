@@ -81,7 +81,7 @@ def test_a_waiver_of_another_clause_does_not_help(sandbox, engine):
 
 
 def test_an_engine_that_cannot_keep_a_promise_is_refused_before_the_start(sandbox):
-    """crun 1.8 cannot use v1 hierarchies; runsc's wall is not readable from the host."""
+    """Crun 1.8 cannot use v1 hierarchies; runsc's wall is not readable from the host."""
     done = sandbox("run", "--engine", "docker", str(EXAMPLES / "shell"), "--", "true", mutant="docker-lacks-pids")
     assert done.status == 125
     assert "cannot enforce the policy here: pids" in done.err

@@ -90,7 +90,7 @@ def test_a_living_dyno_is_left_alone(crashing, engine):
 
 
 def test_a_killed_shim_is_said_and_cleaned_up(crashing):
-    """conmon dies in mid-run: the status is unknown, which is never 0, and the dyno does not live on."""
+    """Conmon dies in mid-run: the status is unknown, which is never 0, and the dyno does not live on."""
     process = crashing.start("run", "--engine", "oci", SHELL, "--", "sleep", "60")
     pidfile = wait_for(lambda: next(iter(Path(crashing.run_dir).glob("dynos/*/conmon.pid")), None))
     wait_for(lambda: census_kind(crashing, "sleep"))
