@@ -6,7 +6,7 @@ Precedence: flag, then environment, then ``/etc/sandbox/config.toml``, then the 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox.errors import UsageError
 from sandbox.names import host_id
@@ -23,8 +23,7 @@ UID_SLOTS = 4096
 _KEYS = {"state_dir": str, "run_dir": str, "docker_host": str, "uid_base": int, "uid_slots": int}
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """One instance: all its state below ``state_dir``, all that a reboot may lose below ``run_dir``."""
 
     state_dir: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox import hostcmd
 from sandbox.config import Config
@@ -18,8 +18,7 @@ MAX_BYTES = 500 * 1024 * 1024
 _NOBODY = "65534"
 
 
-@dataclass(frozen=True, slots=True)
-class Slug:
+class Slug(NamedTuple):
     """A packed app. ``digest``: sha256 of the image."""
 
     digest: str

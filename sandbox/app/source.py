@@ -13,8 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from sandbox.errors import AppError
 from sandbox.units import format_bytes, show
@@ -30,8 +29,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file, folder or link of the app. ``path`` is relative; ``content``: a link's target or a file's digest."""
 
     path: str
@@ -40,8 +38,7 @@ class Entry:
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A folder as it was when it was read. ``digest`` covers every path, kind, executable bit and content."""
 
     path: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import click
 
@@ -14,8 +14,7 @@ from sandbox.config import Config
 from sandbox.errors import SandboxError
 
 
-@dataclass(slots=True)
-class Context:
+class Context(NamedTuple):
     """What every command gets: the instance, and how much to say."""
 
     config: Config

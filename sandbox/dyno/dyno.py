@@ -8,8 +8,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sandbox import names
 from sandbox.config import Config
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
 _GATE_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """What is to be started. ``env``: the app's whole environment; it reaches the app through the gate only."""
 
     name: str
@@ -48,12 +46,12 @@ class Launch:
     resolv_conf: str = ""
 
 
-@dataclass(slots=True)
 class Phases:
     """How long each phase took, in milliseconds, in order."""
 
-    ms: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last = time.monotonic()
 
     def mark(self, name: str) -> None:
         now = time.monotonic()
@@ -61,8 +59,7 @@ class Phases:
         self._last = now
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """A dyno behind a gate that has been opened."""
 
     container: Container

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from sandbox.policy.policy import Policy
 from sandbox.units import MIB, escape
@@ -24,8 +24,7 @@ class Reason(Enum):
     SHIM_LOST = "shim-lost"
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What was seen. ``status``: of the dyno's init, 128 + N after signal N, None when nobody knows it."""
 
     status: int | None
@@ -38,8 +37,7 @@ class Facts:
     killed_after_grace_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     """``code``: what our command exits with. ``message``: one sentence with the number and the limit."""
 
     code: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox import names
 from sandbox.config import Config
@@ -20,8 +20,7 @@ from sandbox.policy.spec import APP_UID, SlotPaths
 DestroyContainer = Callable[[str, str, str, str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """What one dyno got. ``userns_fd`` stays open while the container is made."""
 
     container_id: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox.errors import HostError
 from sandbox.host import observe
@@ -27,8 +27,7 @@ _DEVICES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """A clause that the kernel does not enforce as the policy says."""
 
     clause: Clause
@@ -36,8 +35,7 @@ class Difference:
     observed: str
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(NamedTuple):
     """The container under examination."""
 
     spec: ContainerSpec

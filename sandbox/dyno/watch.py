@@ -8,8 +8,8 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from sandbox.dyno.exits import Facts
 from sandbox.dyno.outlet import HIGH_WATER, Outlet
@@ -45,8 +45,7 @@ class Voice(Protocol):
     def outlets(self) -> list[Outlet]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
+class Wishes(NamedTuple):
     """How this run is to be watched; seconds. ``port``: of a web process, else 0."""
 
     timeout_s: float | None = None
@@ -142,7 +141,7 @@ class Watch:
                 poller.register(outlet.fd, select.POLLOUT)
                 full = full or outlet.pending > HIGH_WATER
             if outlet.closed and not self._facts.output_closed:
-                self._facts = replace(self._facts, output_closed=True)
+                self._facts = self._facts._replace(output_closed=True)
                 self._stop("SIGTERM")
         attachment = self._attachment.fileno()
         if not self._output_ended and not full:
@@ -203,7 +202,7 @@ class Watch:
                 self._voice.event("Stopping remaining processes with SIGKILL")
                 self._cgroup.kill()
             else:
-                self._facts = replace(self._facts, stopped=True)
+                self._facts = self._facts._replace(stopped=True)
                 self._stop("SIGTERM")
 
     def _resize(self) -> None:
@@ -237,7 +236,7 @@ class Watch:
                     self._deadlines[name] = now + self._wishes.sample_s
                     self._check_quota()
                 case "timeout":
-                    self._facts = replace(self._facts, timed_out_s=self._wishes.timeout_s)
+                    self._facts = self._facts._replace(timed_out_s=self._wishes.timeout_s)
                     self._stop("SIGTERM")
                 case "boot":
                     self._check_boot(now)
@@ -249,7 +248,7 @@ class Watch:
 
     def _grace_over(self) -> None:
         grace = self._wishes.grace_s
-        self._facts = replace(self._facts, killed_after_grace_s=grace)
+        self._facts = self._facts._replace(killed_after_grace_s=grace)
         self._voice.warning(
             f"Error R12 (Exit timeout) -> At least one process failed to exit within {grace:g} seconds of SIGTERM"
         )
@@ -277,12 +276,12 @@ class Watch:
         self._fetch = None
         self._result.answered = bool(answer)
         self._on_answer(answer)
-        self._facts = replace(self._facts, stopped=True)
+        self._facts = self._facts._replace(stopped=True)
         self._stop("SIGTERM")
 
     def _boot_failed(self) -> None:
         limit = self._wishes.boot_timeout_s
-        self._facts = replace(self._facts, boot_timeout_s=limit)
+        self._facts = self._facts._replace(boot_timeout_s=limit)
         self._voice.warning(
             f"Error R10 (Boot timeout) -> Web process failed to bind to $PORT within {limit:g} seconds of launch"
         )
@@ -329,7 +328,7 @@ class Watch:
         usage = self._sample_usage()
         victims = self._victims()
         if (usage.oom_kills or victims) and not self._facts.oom:
-            self._facts = replace(self._facts, oom=True, oom_task=", ".join(victims[:3]))
+            self._facts = self._facts._replace(oom=True, oom_task=", ".join(victims[:3]))
             limit = self._policy.memory_kill_bytes
             percent = limit * 100 / self._policy.memory_quota_bytes
             self._voice.warning(f"Process running mem={limit // MIB}M({percent:.1f}%)")
@@ -356,11 +355,11 @@ class Watch:
         self._check_oom()
         self._sample_usage()
         status = self._engine.exit_status(self._container, timeout_s=5.0)
-        self._facts = replace(self._facts, status=status)
+        self._facts = self._facts._replace(status=status)
         if not self._cgroup.kill():
             raise HostError("processes of the dyno do not end.", hint="sandbox gc")
         self._voice.finish()
 
 
 def _highest(one: Usage, other: Usage) -> Usage:
-    return Usage(*(max(getattr(one, name), getattr(other, name)) for name in Usage.__slots__))
+    return Usage(*(max(getattr(one, name), getattr(other, name)) for name in Usage._fields))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sandbox.policy.clauses import Clause
 from sandbox.policy.spec import ContainerSpec
@@ -20,8 +19,7 @@ class Stream(Enum):
 Chunk = tuple[Stream, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
+class Container(NamedTuple):
     """A container that exists. ``pid``: its init on the host; 0 while the engine has not made one."""
 
     container_id: str

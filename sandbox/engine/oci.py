@@ -66,7 +66,8 @@ class OciEngine:
         os.mkdir(bundle, 0o711)
         os.mkdir(exits, 0o700)
         with open(f"{bundle}/config.json", "w", encoding="utf-8") as file:
-            json.dump(oci.config(spec), file)
+            # dumps, not dump: only the former uses the C encoder (1 ms instead of 10).
+            file.write(json.dumps(oci.config(spec)))
         argv = [
             *(hostcmd.require("prlimit", "util-linux"), *oci.shim_limits(spec.policy), "--", self._conmon),
             *("--api-version", "1", "-c", spec.container_id, "-u", spec.container_id, "-n", spec.container_id),

@@ -12,8 +12,8 @@ import signal
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from sandbox.errors import HostError
 
@@ -23,8 +23,7 @@ _V1_UNLIMITED = 0x7FFFFFFFFFFFF000
 _CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "devices", "freezer")
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What the kernel enforces now. None: the control does not exist; -1: exists and is unlimited."""
 
     memory_bytes: int | None
@@ -37,8 +36,7 @@ class Limits:
     devices: tuple[str, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What the dyno uses and used; bytes and microseconds. Peaks are the kernel's own where it keeps them."""
 
     memory_bytes: int = 0

@@ -7,8 +7,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import psutil
 
@@ -26,8 +26,7 @@ class Verdict(Enum):
     MISSING = "missing"  # a promise cannot be kept here
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """``evidence``: what was read or tried. ``mend``: a command to paste, or empty."""
 
     topic: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox.errors import HostError
 
@@ -29,8 +29,7 @@ _LIMIT_NAMES = {
 _OCTAL = r"\\([0-7]{3})"
 
 
-@dataclass(frozen=True, slots=True)
-class Thread:
+class Thread(NamedTuple):
     """The credentials of one thread, as host ids."""
 
     tid: int
@@ -43,8 +42,7 @@ class Thread:
     seccomp_filters: int
 
 
-@dataclass(frozen=True, slots=True)
-class MountLine:
+class MountLine(NamedTuple):
     """One line of mountinfo. ``flags`` are those of the mount, ``options`` those of the file system."""
 
     target: str

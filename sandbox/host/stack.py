@@ -7,8 +7,8 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from sandbox import hostcmd
 from sandbox.config import Config
@@ -28,8 +28,7 @@ class Variant(Enum):
     BUILD = "build"
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(NamedTuple):
     """A stack image that was checked. ``digest``: sha256 of the squashfs file at ``image``."""
 
     variant: Variant

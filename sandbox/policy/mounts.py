@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Source(Enum):
@@ -19,8 +19,7 @@ class Source(Enum):
     FIXED = "fixed"  # a file or folder of the disk image that the dyno may only read
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One mount inside the dyno. ``path`` is relative to the source, where it is a folder of the disk image."""
 
     target: str

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from sandbox.errors import PolicyError
 from sandbox.policy import mounts, seccomp
@@ -28,8 +28,7 @@ class Network(Enum):
     HOST = "host"
 
 
-@dataclass(frozen=True, slots=True)
-class Rlimit:
+class Rlimit(NamedTuple):
     """One resource limit, soft and hard; ``name`` as in getrlimit(2), without RLIMIT_."""
 
     name: str
@@ -37,8 +36,7 @@ class Rlimit:
     hard: int
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """Everything that is enforced on one dyno. Sizes in bytes, times in microseconds."""
 
     size: str
@@ -64,7 +62,7 @@ class Policy:
 
     def digest(self) -> str:
         """SHA-256 over every value of the policy, the mount plan and the system-call document."""
-        value = asdict(self) | {"network": self.network.value, "waived": sorted(c.value for c in self.waived)}
+        value = self._asdict() | {"network": self.network.value, "waived": sorted(c.value for c in self.waived)}
         plan = [[m.target, m.source.value, m.path, m.read_only, m.exec] for m in mounts.PLAN]
         document = [VERSION, value, plan, mounts.MASKED, mounts.READ_ONLY, mounts.DEVICES, seccomp.document()]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -130,7 +128,7 @@ def for_build(size: Size, *, host_memory_bytes: int, swap: bool, network: Networ
     """The policy of a build or fetch dyno: the same wall, with more room on disk and no CPU cap."""
     base = make(size, host_memory_bytes=host_memory_bytes, swap=swap, network=network)
     disk = 4 * 1024 * MIB
-    return replace(base, disk_bytes=disk, disk_inodes=262_144, cpu_quota_us=0, rlimits=_rlimits(base.pids_max, disk))
+    return base._replace(disk_bytes=disk, disk_inodes=262_144, cpu_quota_us=0, rlimits=_rlimits(base.pids_max, disk))
 
 
 def _lower(value: int | None, top: int, what: str, least: int, size: str, *, bytes_: bool = False) -> int:

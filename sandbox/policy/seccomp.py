@@ -16,22 +16,20 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _LOW_WORD = 0xFFFFFFFF
 
 
-@dataclass(frozen=True, slots=True)
-class Arg:
-    """One condition: the call's argument ``index``, masked, equals ``value``."""
+class Arg(NamedTuple):
+    """One condition: the call's argument ``position`` (from 0), masked, equals ``value``."""
 
-    index: int
+    position: int
     mask: int
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """Calls, and what happens to them when all of ``args`` hold; ``refuse`` is the errno, None means allowed."""
 
     calls: tuple[str, ...]
@@ -207,7 +205,7 @@ def _entry(rule: Rule) -> dict[str, object]:
     if rule.args:
         # MASKED_EQ: "value" is the mask and "valueTwo" the datum (libseccomp's SCMP_A*_MASKED_EQ).
         entry["args"] = [
-            {"index": arg.index, "value": arg.mask, "valueTwo": arg.value, "op": "SCMP_CMP_MASKED_EQ"}
+            {"index": arg.position, "value": arg.mask, "valueTwo": arg.value, "op": "SCMP_CMP_MASKED_EQ"}
             for arg in rule.args
         ]
     return entry

@@ -7,14 +7,13 @@ are our own decision (docs/decisions/0004-sizes.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox.errors import UsageError
 from sandbox.units import GIB, MIB, show
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(NamedTuple):
     """One dyno size.
 
     ``memory_bytes``: the quota; over it, R14. ``kill_bytes``: R15, the dyno is killed. ``pids``: processes and

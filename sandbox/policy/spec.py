@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox.policy.policy import Policy
 
@@ -21,8 +21,7 @@ INIT = ("/usr/bin/tini", "--", "/bin/sh", "-c", GATE, "gate")
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
-@dataclass(frozen=True, slots=True)
-class SlotPaths:
+class SlotPaths(NamedTuple):
     """Where the supervisor prepared the dyno's mounts on the host."""
 
     root: str  # the stack image, with the dyno's ids
@@ -31,8 +30,7 @@ class SlotPaths:
     fixed: str  # the disk image's ``fixed`` folder, read-only
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerSpec:
+class ContainerSpec(NamedTuple):
     """One container, ready to be compiled for an engine.
 
     ``uid_base``: first host id of the dyno's range. ``userns_path``: where an engine that can join a prepared user

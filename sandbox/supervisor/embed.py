@@ -6,8 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sandbox import names
 from sandbox.app import detect
@@ -39,8 +38,7 @@ _GET_TIMEOUT_S = 10
 SLUG_FORMAT = "1"  # a change here makes every cached slug stale
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """Everything that ``sandbox run`` was asked for. ``command`` empty: the process type's."""
 
     path: str
@@ -64,8 +62,7 @@ class Request:
     get: str = ""  # a path: once the web process is up, fetch it from inside, then stop
 
 
-@dataclass(slots=True)
-class Report:
+class Report(NamedTuple):
     """What happened, for ``--json``."""
 
     document: dict[str, object]

@@ -1,0 +1,1 @@
+"""Measures against peers on this machine, in one run: ``make bench``."""
