@@ -39,6 +39,8 @@ class DockerEngine:
     def __init__(self, config: Config, runtime: str = "runc") -> None:
         self.runtime = runtime
         self._config = config
+        self._info: dict[str, Any] = {}
+        self._specs: dict[str, ContainerSpec] = {}
         path = config.docker_host.removeprefix("unix://")
         if config.docker_host.startswith("unix://") and not _is_socket(path):
             raise EngineError(
@@ -58,7 +60,7 @@ class DockerEngine:
         return escape(f"Docker {info.get('Version', '?')} (API {info.get('ApiVersion', '?')})")
 
     def missing(self) -> dict[Clause, str]:
-        info = self._call(self._api.info)
+        info = self._host_info()
         lacking = {
             "MemoryLimit": Clause.MEMORY,
             "SwapLimit": Clause.SWAP,
@@ -92,19 +94,26 @@ class DockerEngine:
         assert isinstance(host, dict)  # noqa: S101 - our own literal, for the type checker
         host["CgroupParent"] = parent
         self._call(self._api.create_container_from_config, body, spec.container_id)
+        self._specs[spec.container_id] = spec
         return Container(spec.container_id, 0)
+
+    def _host_info(self) -> dict[str, Any]:
+        """What the daemon says of its host; asked once."""
+        if not self._info:
+            self._info = dict(self._call(self._api.info))
+        return self._info
 
     def _cgroup_parent(self, path: str) -> str:
         """Docker's systemd driver wants a slice, its cgroupfs driver a path."""
-        if self._call(self._api.info).get("CgroupDriver") == "systemd":
+        if self._host_info().get("CgroupDriver") == "systemd":
             return path.strip("/").replace("-", "_").replace("/", "-") + ".slice"
         return path
 
     def attach(self, container: Container) -> DockerAttachment:
-        info = self._inspect(container.container_id)["Config"]
-        parameters = {"stdin": int(bool(info["OpenStdin"])), "stdout": 1, "stderr": 1, "stream": 1}
+        spec = self._specs[container.container_id]
+        parameters = {"stdin": int(spec.stdin), "stdout": 1, "stderr": 1, "stream": 1}
         raw = self._call(self._api.attach_socket, container.container_id, params=parameters)
-        return DockerAttachment(self._api, container.container_id, raw, tty=bool(info["Tty"]))
+        return DockerAttachment(self._api, container.container_id, raw, tty=spec.tty)
 
     def start(self, container: Container) -> Container:
         self._call(self._api.start, container.container_id)
