@@ -57,7 +57,7 @@ def show(text: str | bytes, *, limit: int = 80) -> str:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     cut = text if len(text) <= limit else text[:limit] + "…"
-    return '"' + escape(cut.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+    return '"' + escape(cut.replace("\\", "\\\\").replace('"', '\\"')).replace("\t", "\\t") + '"'
 
 
 def escape(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import click
 from sandbox import __version__, config
 from sandbox.cli.entry import COMMANDS, HELP
 from sandbox.config import Config
-from sandbox.errors import SandboxError
+from sandbox.errors import ClauseError, SandboxError
 
 
 class Context(NamedTuple):
@@ -75,8 +76,11 @@ def run_cli(arguments: list[str]) -> int:
         error.show()
         return _not_started(arguments, error.exit_code)
     except SandboxError as error:
+        code = _not_started(arguments, error.exit_code)
         show_error(error)
-        return _not_started(arguments, error.exit_code)
+        if "run" in arguments and "--json" in arguments[: _end_of_options(arguments)]:
+            click.echo(json.dumps(_document(error, code), indent=2))
+        return code
     except BrokenPipeError:
         # Our reader went away; Python would complain once more when it flushes stdout.
         sys.stderr.close()
@@ -90,6 +94,16 @@ def run_cli(arguments: list[str]) -> int:
             traceback.print_exc()
         return _not_started(arguments, 1)
     return result if isinstance(result, int) else 0
+
+
+def _end_of_options(arguments: list[str]) -> int:
+    return arguments.index("--") if "--" in arguments else len(arguments)
+
+
+def _document(error: SandboxError, code: int) -> dict[str, object]:
+    """The same fields as on stderr, where a document was asked for."""
+    clauses = error.clauses if isinstance(error, ClauseError) else ()
+    return {"status": code, "reason": "not-started", "error": error.message, "hint": error.hint, "clauses": clauses}
 
 
 def _not_started(arguments: list[str], code: int) -> int:

@@ -4,22 +4,56 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 
 from sandbox.units import escape
 
 
 class Progress:
-    """Long work on stderr: one line that is rewritten on a terminal, plain lines elsewhere."""
+    """One line a step. On a terminal the current line counts its seconds; elsewhere lines are plain and final."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._animated = os.isatty(2) and os.environ.get("TERM") != "dumb"
-        self._since = time.monotonic()
+        self._animated = not quiet and os.isatty(2) and os.environ.get("TERM") != "dumb"
+        self._message = ""
+        self._since = 0.0
+        self._stop = threading.Event()
+        self._ticker: threading.Thread | None = None
 
     def __call__(self, message: str) -> None:
+        """Says what begins now; what was said before is done."""
         if self._quiet:
             return
-        elapsed = time.monotonic() - self._since
-        sys.stderr.write(f"-----> {escape(message)}" + (f" ({elapsed:.0f} s)" if elapsed >= 1 else "") + "\n")
+        self.close()
+        self._message, self._since = escape(message), time.monotonic()
+        if not self._animated:
+            sys.stderr.write(f"-----> {self._message}\n")
+            sys.stderr.flush()
+            return
+        self._show()
+        self._stop.clear()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+
+    def close(self) -> None:
+        """Ends the current line; from here on stderr belongs to somebody else."""
+        if self._ticker is not None:
+            self._stop.set()
+            self._ticker.join()
+            self._ticker = None
+            self._show()
+            sys.stderr.write("\n")
+            sys.stderr.flush()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(1.0):
+            self._show()
+
+    def _show(self) -> None:
+        seconds = time.monotonic() - self._since
+        counted = f" ({seconds:.0f} s)" if seconds >= 1 else ""
+        # Erase the line, then write it anew; cut to the terminal, or a long line would scroll at each second.
+        columns = os.get_terminal_size(2).columns
+        sys.stderr.write("\r\x1b[K" + f"-----> {self._message}{counted}"[: max(20, columns - 1)])
         sys.stderr.flush()

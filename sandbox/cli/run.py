@@ -140,16 +140,20 @@ def command(
         return RawVoice(name) if raw or interactive else LineVoice(name)
 
     signals = _Signals(resize=interactive)
-    with _raw_terminal(on=interactive):
-        report = embed.run(
-            context.config,
-            request,
-            make_voice=make_voice,
-            progress=Progress(quiet=quiet),
-            signals=signals.fd,
-            hold=signals.hold,
-            meanwhile=_load_voices,
-        )
+    progress = Progress(quiet=quiet)
+    try:
+        with _raw_terminal(on=interactive):
+            report = embed.run(
+                context.config,
+                request,
+                make_voice=make_voice,
+                progress=progress,
+                signals=signals.fd,
+                hold=signals.hold,
+                meanwhile=_load_voices,
+            )
+    finally:
+        progress.close()
     if as_json:
         sys.stdout.write(json.dumps(report.document, indent=2) + "\n")
     if not (quiet and report.exit.code == 0):

@@ -51,5 +51,8 @@ def build(context: Context, variant: str | None, *, force: bool) -> None:
             stack = stacks.find(context.config, wanted)
             click.echo(f"{wanted.value} stack SHA256:{stack.digest} is built already.")
             continue
-        stack = stacks.build(context.config, wanted, progress=progress)
+        try:
+            stack = stacks.build(context.config, wanted, progress=progress)
+        finally:
+            progress.close()
         click.echo(f"{wanted.value} stack SHA256:{stack.digest}")

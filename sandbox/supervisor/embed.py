@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sandbox import names
 from sandbox.app import detect
@@ -16,7 +16,7 @@ from sandbox.app.detect import Plan
 from sandbox.config import Config
 from sandbox.dyno.dyno import Dyno, Launch, Phases, Started
 from sandbox.engine.base import Engine
-from sandbox.errors import UsageError
+from sandbox.errors import ClauseError, UsageError
 from sandbox.host import facts
 from sandbox.host import journal as journals
 from sandbox.host import stack as stacks
@@ -70,7 +70,14 @@ class Report(NamedTuple):
 
 
 MakeVoice = Callable[[str], "Voice"]
-Progress = Callable[[str], None]
+
+
+class Progress(Protocol):
+    """Who says what takes long. ``close``: nothing more will be said."""
+
+    def __call__(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def run(
@@ -124,6 +131,7 @@ def run(
         from sandbox.supervisor.build import Builder
 
         slug = Builder(config, engine, host=host, progress=progress, signals=signals).slug(source, plan, key)
+    progress.close()
     phases.mark("slug")
     name = f"{process_type}.1" if process_type != "run" else _run_name(config)
     app = names.app_name(request.path)
@@ -150,6 +158,19 @@ def run(
         result = _watch(engine, started, policy, request, voice, log, signals, port)
         phases.mark("run")
         written = dyno.written()
+    except ClauseError as error:
+        from sandbox.supervisor.eventlog import record
+
+        record(
+            config,
+            "start refused",
+            dyno=name,
+            app=app,
+            engine=engine.name,
+            clauses=error.clauses,
+            message=error.message,
+        )
+        raise
     finally:
         from sandbox.supervisor.reclaim import destroy_container
 

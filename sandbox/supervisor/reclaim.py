@@ -73,6 +73,13 @@ def reclaim(config: Config) -> list[tuple[str, list[str]]]:
             failed.append(error.message)
     if docker_seen:
         done += _docker_strays(config)
+    if done or failed:
+        from sandbox.supervisor.eventlog import record
+
+        for container_id, undone in done:
+            record(config, "reclaimed", id=container_id, undone=undone)
+        for message in failed:
+            record(config, "reclaim failed", message=message)
     if failed:
         raise HostError("leftovers remain: " + "; ".join(failed), hint="sandbox gc tries again.")
     return done
