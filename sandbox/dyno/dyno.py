@@ -107,7 +107,7 @@ class Dyno:
             hostname=names.hostname(launch.name),
             user_namespace=engine.user_namespaces,
             resolv_conf=launch.resolv_conf,
-            own_stack_mount=engine.name != "docker",
+            own_stack_mount=not engine.brings_mounts,
         )
         used_bytes, used_inodes = self._disk_used()
         self._used_at_start = used_bytes, used_inodes - 1  # the gate goes as soon as it was opened
@@ -133,7 +133,7 @@ class Dyno:
             policy=launch.policy,
             paths=slot.paths,
             uid_base=slot.uid_base,
-            userns_path=slot.userns_path,
+            userns_path=slot.userns_path if engine.user_namespaces else "",
             cgroup=names.cgroup(self.container_id),
             tty=launch.tty,
             stdin=launch.stdin,
@@ -153,7 +153,7 @@ class Dyno:
         self.phases.mark("start")
         try:
             cgroup = Cgroup.of(container.pid)
-            if not engine.user_namespaces:
+            if engine.brings_mounts:
                 inside.restrict_engine_mounts(container.pid, max_terminals=mounts.MAX_TERMINALS)
             if launch.policy.holds(Clause.MEMORY):
                 cgroup.limit_tcp(launch.policy.tcp_max_bytes)

@@ -59,6 +59,10 @@ class Engine(Protocol):
     def user_namespaces(self) -> bool:
         """Whether each container gets the prepared user namespace of its own."""
 
+    @property
+    def brings_mounts(self) -> bool:
+        """Whether the engine mounts the root file system itself, from an image of its own."""
+
     def version(self) -> str:
         """The engine's and runtime's versions, for people."""
 

@@ -35,6 +35,7 @@ class DockerEngine:
     # userns-remap is one range for a whole daemon: it cannot tell dynos apart, so we ask for none and give each
     # dyno an unprivileged uid of its own instead.
     user_namespaces = False
+    brings_mounts = True
 
     def __init__(self, config: Config, runtime: str = "runc") -> None:
         self.runtime = runtime

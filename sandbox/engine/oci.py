@@ -26,6 +26,14 @@ from sandbox.units import escape
 
 RUNTIMES = ("runc", "crun", "runsc")
 _CREATE_TIMEOUT_S = 60.0
+# gVisor's file server opens no FIFO of the host unless told, and the gate is one. Without the network flag it wants
+# to take over the interfaces of the host's namespace.
+_GVISOR_FLAGS = ("--host-fifo=open", "--network=none")
+# What the host sees of such a dyno is gVisor's kernel and file server: their ids, namespaces and descriptors.
+_GVISOR_HIDES = (
+    *(Clause.UID, Clause.CAPABILITIES, Clause.SECCOMP, Clause.NAMESPACES, Clause.MOUNTS, Clause.DEVICES),
+    *(Clause.RLIMITS, Clause.OOM_SCORE, Clause.DESCRIPTORS),
+)
 # conmon's stream numbers (its src/utils.h: STDIN_PIPE, STDOUT_PIPE, STDERR_PIPE are 1, 2, 3).
 _STREAMS = {2: Stream.STDOUT, 3: Stream.STDERR}
 _PACKET = 65536
@@ -36,11 +44,14 @@ class OciEngine:
     """One OCI runtime with conmon as its shim."""
 
     name = "oci"
-    user_namespaces = True
+    brings_mounts = False
 
     def __init__(self, config: Config, runtime: str) -> None:
         self._config = config
         self.runtime = runtime
+        # runsc makes user namespaces of its own and cannot join ours.
+        self.user_namespaces = runtime != "runsc"
+        self._flags = [f"--root={config.runtime_dir}", *(_GVISOR_FLAGS if runtime == "runsc" else ())]
         self._runtime_path = hostcmd.require(runtime, runtime)
         self._conmon = hostcmd.require("conmon", "conmon")
         self._conmons: dict[str, int] = {}
@@ -52,8 +63,9 @@ class OciEngine:
 
     def missing(self) -> dict[Clause, str]:
         if self.runtime == "runsc":
-            reason = "gVisor runs the app on a kernel of its own, which the host cannot read back"
-            return dict.fromkeys((Clause.SECCOMP, Clause.CAPABILITIES, Clause.MOUNTS, Clause.RLIMITS), reason)
+            return dict.fromkeys(
+                _GVISOR_HIDES, "gVisor keeps it inside a kernel of its own, where the host cannot read it"
+            )
         if self.runtime == "crun" and not cgroup.unified():
             return dict.fromkeys((Clause.MEMORY, Clause.PIDS, Clause.CPU), "crun needs the unified cgroup hierarchy")
         return {}
@@ -82,7 +94,7 @@ class OciEngine:
                 f"{folder}/conmon.pid",
             ),
             *("--exit-dir", exits, "--socket-dir-path", folder, "--full-attach", "-l", "none", "--log-level", "error"),
-            *("--runtime-arg", f"--root={self._config.runtime_dir}"),
+            *(word for flag in self._flags for word in ("--runtime-arg", flag)),
             *(("-t",) if spec.tty else ()),
             *(("-i",) if spec.stdin else ()),
         ]
@@ -158,7 +170,7 @@ class OciEngine:
             raise EngineError(f"the container did not start: {error.message}", details=error.details) from error
 
     def _run(self, *arguments: str, check: bool = True) -> None:
-        hostcmd.run([self._runtime_path, f"--root={self._config.runtime_dir}", *arguments], check=check)
+        hostcmd.run([self._runtime_path, *self._flags, *arguments], check=check)
 
     def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
         path = f"{self._config.dynos_dir}/{container.container_id}/exit/{container.container_id}"

@@ -19,13 +19,14 @@ Json = dict[str, object]
 def config(spec: ContainerSpec) -> Json:
     """The content of ``config.json``."""
     policy = spec.policy
+    app_uid = APP_UID if spec.userns_path else spec.host_uid
     return {
         "ociVersion": "1.0.2",
         "hostname": spec.hostname,
         "root": {"path": spec.paths.root, "readonly": True},
         "process": {
             "terminal": spec.tty,
-            "user": {"uid": APP_UID, "gid": APP_UID, "umask": 0o077},
+            "user": {"uid": app_uid, "gid": app_uid, "umask": 0o077},
             "args": list(spec.argv),
             "env": list(spec.env),
             "cwd": "/app",
@@ -33,11 +34,10 @@ def config(spec: ContainerSpec) -> Json:
             "noNewPrivileges": True,
             "oomScoreAdj": policy.oom_score,
         },
-        "mounts": [_mount(mount, spec) for mount in mounts.PLAN if mount.source is not Source.STACK],
+        "mounts": [_mount(mount, spec) for mount in mounts.PLAN if _is_wanted(mount, spec)],
         "linux": {
             "namespaces": _namespaces(spec),
-            "uidMappings": [{"containerID": 0, "hostID": spec.uid_base, "size": UIDS_PER_DYNO}],
-            "gidMappings": [{"containerID": 0, "hostID": spec.uid_base, "size": UIDS_PER_DYNO}],
+            **_mappings(spec),
             "cgroupsPath": spec.cgroup,
             "resources": _resources(policy),
             "seccomp": seccomp.document(),
@@ -57,8 +57,22 @@ def _namespaces(spec: ContainerSpec) -> list[Json]:
     kinds: list[Json] = [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "cgroup")]
     if spec.policy.network is not Network.HOST:
         kinds.append({"type": "network"})
-    kinds.append({"type": "user", "path": spec.userns_path})
+    if spec.userns_path:
+        kinds.append({"type": "user", "path": spec.userns_path})
     return kinds
+
+
+def _mappings(spec: ContainerSpec) -> Json:
+    if not spec.userns_path:
+        return {}
+    rows = [{"containerID": 0, "hostID": spec.uid_base, "size": UIDS_PER_DYNO}]
+    return {"uidMappings": rows, "gidMappings": rows}
+
+
+def _is_wanted(mount: Mount, spec: ContainerSpec) -> bool:
+    """GVisor's file server needs every mount point in the read-only root, and mounts no mqueue that we had to hide."""
+    inner = mount.target in ("/dev/mqueue", "/sys/fs/cgroup")
+    return mount.source is not Source.STACK and not (inner and not spec.userns_path)
 
 
 def _mount(mount: Mount, spec: ContainerSpec) -> Json:

@@ -34,7 +34,8 @@ class ContainerSpec(NamedTuple):
     """One container, ready to be compiled for an engine.
 
     ``uid_base``: first host id of the dyno's range. ``userns_path``: where an engine that can join a prepared user
-    namespace finds it. ``cgroup``: in every hierarchy the container's own, or the parent of it.
+    namespace finds it; empty for one that cannot: then the app runs as the host id itself. ``cgroup``: in every
+    hierarchy the container's own, or the parent of it.
     """
 
     container_id: str
