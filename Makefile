@@ -12,8 +12,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 HOST_PROGRAMS := runc conmon mksquashfs mmdebstrap mkfs.ext4 setpriv prlimit
 HOST_PACKAGES := runc conmon squashfs-tools mmdebstrap e2fsprogs util-linux ca-certificates
-TEST_PROGRAMS := dockerd gcc nft
-TEST_PACKAGES := docker.io gcc libc6-dev nftables iproute2
+TEST_PROGRAMS := dockerd docker gcc
+# Since Debian 13 the client is a package of its own.
+TEST_PACKAGES := docker.io gcc libc6-dev $$(apt-cache show docker-cli >/dev/null 2>&1 && echo docker-cli)
 
 .PHONY: run setup setup-test host stack venv test check unit root security bench clean install help
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import NamedTuple
 
@@ -62,6 +63,10 @@ def cli(
 ) -> None:
     """Runs untrusted apps as dynos."""
     _FLAGS.update(verbose=verbose or debug, debug=debug)
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+    elif os.environ.get("FORCE_COLOR") or os.environ.get("CLICOLOR_FORCE"):
+        ctx.color = True
     ctx.obj = Context(config.load(state_dir=state_dir, run_dir=run_dir, docker_host=docker_host), verbose, debug)
 
 

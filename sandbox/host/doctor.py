@@ -106,6 +106,13 @@ def _programs(_: Config) -> Iterator[Finding]:
         )
 
 
+def _nftables(_: Config) -> Iterator[Finding]:
+    path = hostcmd.which("nft")
+    verdict = Verdict.ADVICE if path is None else Verdict.OK
+    evidence = path or "not found; needed once dynos get a network, not before"
+    yield Finding("programs", verdict, "nft", evidence, "apt-get install nftables" if path is None else "")
+
+
 def _runtimes(_: Config) -> Iterator[Finding]:
     found = {name: hostcmd.which(name) for name in ("runc", "crun", "runsc")}
     if not any(found.values()):
@@ -320,6 +327,7 @@ Check = Callable[[Config], Iterator[Finding]]
 _CHECKS: tuple[Check, ...] = (
     _privilege,
     _programs,
+    _nftables,
     _runtimes,
     _docker,
     _cgroups,

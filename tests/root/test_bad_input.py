@@ -29,7 +29,12 @@ def refuse(instance, *arguments: str, code: int = 125, says: str, hint: str = ""
     assert done.err.splitlines()[-1 if not hint else -2].startswith(("Error: ", "Hint: "))
     assert says in done.err, done.err
     assert hint in done.err, done.err
-    assert done.out == ""
+    if "--json" in arguments:
+        document = json.loads(done.out)
+        assert (document["status"], document["reason"]) == (code, "not-started")
+        assert says in document["error"]
+    else:
+        assert done.out == ""
     assert census(instance) == []
 
 
