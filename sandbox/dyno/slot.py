@@ -152,7 +152,7 @@ def _undo_mount(_: Config, __: Journal, step: dict[str, str], ___: DestroyContai
 
 
 def _undo_layer(config: Config, journal: Journal, step: dict[str, str], _: DestroyContainer) -> None:
-    disk.release_layer(config, step["name"], journal.path)
+    disk.release_layer(config, journal, step["name"])
 
 
 def _undo_image(_: Config, __: Journal, step: dict[str, str], ___: DestroyContainer) -> None:
@@ -171,7 +171,12 @@ def _undo_folder(_: Config, __: Journal, step: dict[str, str], ___: DestroyConta
     disk.remove_tree(step["name"])
 
 
+def _undo_nothing(*_: object) -> None:
+    """For steps that were an undo themselves."""
+
+
 _UNDO: dict[str, Undo] = {
+    "unlayer": _undo_nothing,
     "container": _undo_container,
     "cgroup": _undo_cgroup,
     "mount": _undo_mount,

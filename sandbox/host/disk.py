@@ -135,11 +135,15 @@ def hold_layer(config: Config, journal: Journal, image: str) -> str:
     return target
 
 
-def release_layer(config: Config, target: str, journal_path: str) -> None:
-    """Unmounts the layer when no other journal refers to it."""
+def release_layer(config: Config, journal: Journal, target: str) -> None:
+    """Lets the layer go, and unmounts it when no other journal refers to it.
+
+    The journal says so before the others are asked: of two dynos that end together, each would otherwise still see
+    the other's reference, and the layer would stay.
+    """
     with _layers_lock(config):
-        others = (path for path in journals.paths(config.journal_dir) if path != journal_path)
-        if any(journals.uses(path, "layer", target) for path in others):
+        journal.record("unlayer", target)
+        if any(journals.holds_layer(path, target) for path in journals.paths(config.journal_dir)):
             return
         unmount(target)
         remove_folder(target)
@@ -152,7 +156,7 @@ def release_unused_layers(config: Config) -> list[str]:
         used = journals.paths(config.journal_dir)
         for name in os.listdir(config.layers_dir):
             target = f"{config.layers_dir}/{name}"
-            if not any(journals.uses(path, "layer", target) for path in used):
+            if not any(journals.holds_layer(path, target) for path in used):
                 unmount(target)
                 remove_folder(target)
                 released.append(target)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
-Op = Literal["folder", "mount", "layer", "uids", "cgroup", "container", "image"]
+Op = Literal["folder", "mount", "layer", "unlayer", "uids", "cgroup", "container", "image"]
 Step = dict[str, str]
 
 
@@ -94,9 +94,13 @@ def paths(folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in names if name.endswith(".jsonl")]
 
 
-def uses(path: str, op: Op, name: str) -> bool:
-    """Whether the journal at ``path`` holds that step."""
-    return any(line.get("op") == op and line.get("name") == name for line in _lines(path))
+def holds_layer(path: str, target: str) -> bool:
+    """Whether the dyno with the journal at ``path`` refers to that layer: took it, and did not let it go since."""
+    held = False
+    for line in _lines(path):
+        if line.get("name") == target and line.get("op") in ("layer", "unlayer"):
+            held = line["op"] == "layer"
+    return held
 
 
 def is_live(path: str) -> bool:
