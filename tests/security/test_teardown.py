@@ -175,3 +175,47 @@ def test_many_dynos_at_once(crashing):
     assert [out for out, _ in outputs] == [b"ok\n"] * 10, outputs
     assert time.monotonic() - begin < 100
     assert census(crashing) == []
+
+
+def test_a_docker_daemon_that_dies_is_said_and_cleaned_up_later(home):
+    """The daemon is killed under a dyno: the dyno does not live on unwatched, and what only the daemon can remove
+    goes with the first command after it is back.
+    """
+    base = home / "mortal"
+    base.mkdir()
+    socket = f"unix://{base}/docker.sock"
+
+    def daemon() -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+            ["dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", socket, "-p", str(base / "pid"),
+             "--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"],
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        log.close()
+        text = (base / "log").read_text
+        wait_for(lambda: "API listen" in text() or process.poll() is not None, 60, "the Docker daemon")
+        assert process.poll() is None, text()[-2000:]
+        return process
+
+    first = daemon()
+    instance = make_instance(home, "mortals", socket)
+    process = instance.start("run", "--engine", "docker", SHELL, "--", "sleep", "60")
+    wait_for(lambda: census_kind(instance, "sleep"), 60)
+    containerd = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    first.kill()
+    first.wait()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 125, (out, err)
+    assert b"was lost" in out
+    assert not [entry for entry in census(instance) if entry.startswith("process")]
+    for pid in containerd:  # the daemon's own child: it would end with a clean stop
+        os.kill(int(pid), signal.SIGTERM)
+        wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 30, "the end of containerd")
+    (base / "pid").unlink(missing_ok=True)
+    second = daemon()
+    try:
+        assert instance("gc").status == 0
+        assert census(instance) == []
+    finally:
+        second.send_signal(signal.SIGTERM)
+        second.wait(30)
