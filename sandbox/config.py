@@ -89,9 +89,9 @@ def load(
         "run_dir": run_dir or env.get("SANDBOX_RUN_DIR") or values.get("run_dir", RUN_DIR),
     }
     for key, value in chosen.items():
-        if not os.path.isabs(str(value)) or any(c in str(value) for c in ',:\\"\n'):
+        if not os.path.isabs(str(value)) or any(c in ',:\\"' or c.isspace() for c in str(value)):
             raise UsageError(
-                f"{key} {show(str(value))} is not an absolute path free of , : \\ and quotes.",
+                f"{key} {show(str(value))} is not an absolute path free of , : \\ quotes and spaces.",
                 hint=f"--{key.replace('_', '-')} /some/where",
             )
     docker = docker_host or env.get("SANDBOX_DOCKER_HOST") or values.get("docker_host", DOCKER_HOST)
@@ -100,7 +100,9 @@ def load(
         raise UsageError(f"{file}: uid_base must be at least 100000 and uid_slots at least 1.")
     if base % 65536 or base + slots * 65536 > 2**31:
         raise UsageError(f"{file}: uid_base must be a multiple of 65536, and the last id below 2147483648.")
-    return Config(str(chosen["state_dir"]), str(chosen["run_dir"]), str(docker), base, slots)
+    # One spelling each: mounts and journals are found by comparing paths.
+    state, run = (os.path.realpath(str(chosen[key])) for key in ("state_dir", "run_dir"))
+    return Config(state, run, str(docker), base, slots)
 
 
 def _host_file(path: str) -> dict[str, str | int]:

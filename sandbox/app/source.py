@@ -89,7 +89,10 @@ def scan(path: str, *, copy_to: str | None = None, built: bool = False) -> Sourc
     finally:
         os.close(root)
     if not entries:
-        raise AppError(f"{path} is empty; nothing was started.", hint="put the app's files and a Procfile there.")
+        raise AppError(
+            f"{path} is empty, or all in it is ignored; nothing was started.",
+            hint="put the app's files and a Procfile there.",
+        )
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(f"{entry.path}\0{entry.kind}\0{entry.executable:d}\0{entry.content}\0".encode())

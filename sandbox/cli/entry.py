@@ -46,8 +46,26 @@ Exit codes:
 """
 
 
+def _hold_standard_descriptors() -> None:
+    """Opens /dev/null on 0, 1 and 2 where our caller closed them.
+
+    Otherwise the next socket or pipe gets that number, and the app's output would be written into it: into Docker's
+    control connection, for one.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest free number: 0, 1 and 2 are looked at in this order.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - lives as long as we do
+    sys.stdout = sys.stdout or open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+
+
 def main() -> None:
     """The console script."""
+    _hold_standard_descriptors()
     arguments = sys.argv[1:]
     if arguments in (["--help"], ["-h"], []):
         sys.stdout.write(HELP)

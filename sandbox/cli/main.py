@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from typing import NamedTuple
 
 import click
@@ -13,7 +12,8 @@ import click
 from sandbox import __version__, config
 from sandbox.cli.entry import COMMANDS, HELP
 from sandbox.config import Config
-from sandbox.errors import ClauseError, SandboxError
+from sandbox.errors import BuildError, ClauseError, SandboxError
+from sandbox.units import show
 
 
 class Context(NamedTuple):
@@ -87,16 +87,21 @@ def run_cli(arguments: list[str]) -> int:
             click.echo(json.dumps(_document(error, code), indent=2))
         return code
     except BrokenPipeError:
-        # Our reader went away; Python would complain once more when it flushes stdout.
-        sys.stderr.close()
+        # Our reader went away; Python would complain once more when it flushes.
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         return 141
+    except OSError as error:
+        where = f" {show(str(error.filename))}" if error.filename else ""
+        say(f"Error: the host: {error.strerror or error}{where}.")
+        say("Hint: sandbox doctor; --debug shows where it happened.")
+        _trace(error)
+        return _not_started(arguments, 1)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug of ours, said as such
         click.echo(f"Error: {type(error).__name__}: {error}", err=True)
         click.echo("Hint: this is a bug of sandbox; run it again with --debug and report what it prints.", err=True)
-        if _FLAGS["debug"]:
-            import traceback
-
-            traceback.print_exc()
+        _trace(error)
         return _not_started(arguments, 1)
     return result if isinstance(result, int) else 0
 
@@ -118,11 +123,23 @@ def _not_started(arguments: list[str], code: int) -> int:
 
 def show_error(error: SandboxError) -> None:
     """The three lines of an error; foreign text in it was escaped where it entered."""
-    click.echo(f"Error: {error.message}", err=True)
+    if error.details and (_FLAGS["verbose"] or isinstance(error, BuildError)):
+        say(error.details)
+    say(f"Error: {error.message}")
     if error.hint:
-        click.echo(f"Hint: {error.hint}", err=True)
-    if error.details and _FLAGS["verbose"]:
-        click.echo(error.details, err=True)
+        say(f"Hint: {error.hint}")
+    _trace(error)
+
+
+def say(text: str) -> None:
+    """One line on stderr, for whoever still reads it."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        return
+
+
+def _trace(error: BaseException) -> None:
     if _FLAGS["debug"]:
         import traceback
 

@@ -25,7 +25,6 @@ class LineVoice:
 
     def finish(self) -> None:
         self._out.write(self._framer.flush())
-        _drain(self.outlets)
 
 
 class RawVoice:
@@ -46,7 +45,7 @@ class RawVoice:
         self._err.write(line("heroku", self._process, message))
 
     def finish(self) -> None:
-        _drain(self.outlets)
+        """Nothing is held back here."""
 
 
 class QuietVoice(RawVoice):
@@ -62,9 +61,3 @@ class QuietVoice(RawVoice):
 
     def finish(self) -> None:
         self._err.write(self._framer.flush())
-        _drain(self.outlets)
-
-
-def _drain(outlets: list[Outlet]) -> None:
-    for outlet in outlets:
-        outlet.drain(60.0)

@@ -15,7 +15,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._animated = not quiet and os.isatty(2) and os.environ.get("TERM") != "dumb"
+        self._animated = not quiet and os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
         self._message = ""
         self._since = 0.0
         self._stop = threading.Event()
@@ -28,8 +28,7 @@ class Progress:
         self.close()
         self._message, self._since = escape(message), time.monotonic()
         if not self._animated:
-            sys.stderr.write(f"-----> {self._message}\n")
-            sys.stderr.flush()
+            _write(f"-----> {self._message}\n")
             return
         self._show()
         self._stop.clear()
@@ -43,8 +42,7 @@ class Progress:
             self._ticker.join()
             self._ticker = None
             self._show()
-            sys.stderr.write("\n")
-            sys.stderr.flush()
+            _write("\n")
 
     def _tick(self) -> None:
         while not self._stop.wait(1.0):
@@ -54,6 +52,13 @@ class Progress:
         seconds = time.monotonic() - self._since
         counted = f" ({seconds:.0f} s)" if seconds >= 1 else ""
         # Erase the line, then write it anew; cut to the terminal, or a long line would scroll at each second.
-        columns = os.get_terminal_size(2).columns
-        sys.stderr.write("\r\x1b[K" + f"-----> {self._message}{counted}"[: max(20, columns - 1)])
+        columns = os.get_terminal_size(2).columns or 80
+        _write("\r\x1b[K" + f"-----> {self._message}{counted}"[: max(20, columns - 1)])
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stderr.write(text)
         sys.stderr.flush()
+    except OSError:
+        return  # nobody reads it

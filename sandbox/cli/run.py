@@ -6,14 +6,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sandbox import names, units
-from sandbox.cli.main import Context
+from sandbox.cli.main import Context, say
 from sandbox.cli.progress import Progress
 from sandbox.errors import UsageError
 from sandbox.policy.clauses import parse_waivers
@@ -107,6 +105,8 @@ def command(
     if get is not None and (not get.startswith("/") or not get.isprintable() or " " in get):
         raise UsageError(f"--get {show(get)} is not a path.", hint="--get /")
     process_type, argv = _words(words)
+    if not all(word.isascii() or word.encode("utf-8", "replace").decode() == word for word in argv):
+        raise UsageError("the command is not UTF-8.", hint="pass such bytes on stdin or in a file.")
     interactive = want_tty if want_tty is not None else bool(argv) and os.isatty(0) and os.isatty(1) and not as_json
     if interactive and not (os.isatty(0) and os.isatty(1)):
         raise UsageError("--tty needs a terminal on stdin and stdout.", hint="leave --tty away.")
@@ -132,32 +132,38 @@ def command(
         get=get or "",
     )
 
+    signals = _Signals(resize=interactive)
+    progress, terminal = Progress(quiet=quiet), _Terminal()
+
     def make_voice(name: str) -> Voice:
         from sandbox.cli.output import LineVoice, QuietVoice, RawVoice
 
+        if interactive:
+            # Not before: during a build Ctrl-C is for us.
+            terminal.make_raw()
         if as_json:
             return QuietVoice(name)
         return RawVoice(name) if raw or interactive else LineVoice(name)
 
-    signals = _Signals(resize=interactive)
-    progress = Progress(quiet=quiet)
     try:
-        with _raw_terminal(on=interactive):
-            report = embed.run(
-                context.config,
-                request,
-                make_voice=make_voice,
-                progress=progress,
-                signals=signals.fd,
-                hold=signals.hold,
-                meanwhile=_load_voices,
-            )
+        report = embed.run(
+            context.config,
+            request,
+            make_voice=make_voice,
+            progress=progress,
+            signals=signals.fd,
+            hold=signals.hold,
+            meanwhile=_load_voices,
+        )
     finally:
+        terminal.restore()
         progress.close()
     if as_json:
         sys.stdout.write(json.dumps(report.document, indent=2) + "\n")
     if not (quiet and report.exit.code == 0):
-        click.echo(f"sandbox: {report.document['dyno']} {report.exit.message}", err=True)
+        lost = report.document["undelivered_bytes"]
+        more = f"; {lost} bytes of its output were not delivered" if lost else ""
+        say(f"sandbox: {report.document['dyno']} {report.exit.message}{more}")
     return report.exit.code
 
 
@@ -229,7 +235,9 @@ class _Signals:
         self._held = False
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._arrived)
+            # What our caller ignores stays ignored: nohup, and "&" in a script.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._arrived)
         if resize:
             signal.signal(signal.SIGWINCH, lambda *_: None)
             os.write(self._write_end, bytes([signal.SIGWINCH]))
@@ -243,17 +251,25 @@ class _Signals:
         self._held = True
 
 
-@contextmanager
-def _raw_terminal(*, on: bool) -> Iterator[None]:
-    if not on:
-        yield
-        return
-    import termios
-    import tty
+class _Terminal:
+    """Our terminal, raw while the app has one of its own on the other side, and given back as it was."""
 
-    saved = termios.tcgetattr(0)
-    tty.setraw(0)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+    def __init__(self) -> None:
+        self._saved: list[Any] | None = None
+
+    def make_raw(self) -> None:
+        import termios
+        import tty
+
+        self._saved = termios.tcgetattr(0)
+        tty.setraw(0)
+
+    def restore(self) -> None:
+        if self._saved is None:
+            return
+        import termios
+
+        try:
+            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
+        except (OSError, termios.error):
+            return  # it hung up

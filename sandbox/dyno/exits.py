@@ -22,6 +22,7 @@ class Reason(Enum):
     BOOT_TIMEOUT = "boot-timeout"
     OUTPUT_CLOSED = "output-closed"
     SHIM_LOST = "shim-lost"
+    NO_ANSWER = "no-answer"
 
 
 class Facts(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sandbox import names
 from sandbox.config import Config
-from sandbox.errors import HostError
+from sandbox.errors import HostError, SandboxError
 from sandbox.host import disk, ids, syscalls
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
@@ -120,7 +120,7 @@ def give_back(config: Config, journal: Journal, destroy: DestroyContainer) -> li
         try:
             _UNDO[op](config, journal, step, destroy)
             undone.append(f"{op} {name}".strip())
-        except (OSError, HostError) as error:
+        except (OSError, SandboxError) as error:
             failed.append(f"{op} {name}: {error}")
     if failed:
         journal.close()

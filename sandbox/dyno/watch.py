@@ -67,6 +67,7 @@ class Result:
     answered: bool = False
     over_quota_samples: int = 0
     pids_limit_reached: bool = False
+    undelivered_bytes: int = 0
 
 
 class Watch:
@@ -207,7 +208,10 @@ class Watch:
 
     def _resize(self) -> None:
         if self._wishes.tty_fd >= 0:
-            size = os.get_terminal_size(self._wishes.tty_fd)
+            try:
+                size = os.get_terminal_size(self._wishes.tty_fd)
+            except OSError:
+                return  # the terminal hung up
             self._attachment.resize(size.lines, size.columns)
 
     def _stop(self, name: str) -> None:
@@ -215,7 +219,8 @@ class Watch:
         if "grace" in self._deadlines:
             return
         self._voice.event(f"Stopping all processes with {name}")
-        self._cgroup.signal(signal.SIGTERM)
+        # Not to our init: it would pass it on, and its child would get a second one in the middle of its first.
+        self._cgroup.signal(signal.SIGTERM, but=self._container.pid)
         self._deadlines["grace"] = time.monotonic() + self._wishes.grace_s
         for deadline in ("timeout", "boot", "boot-limit"):
             self._deadlines.pop(deadline, None)
@@ -267,7 +272,10 @@ class Watch:
         self._result.up_after_s = now - self._begin
         self._voice.event("State changed from starting to up")
         self._state = "up"
-        self._fetch = self._on_up()
+        try:
+            self._fetch = self._on_up()
+        except OSError:
+            return  # it ended; the loop sees that next
 
     def _read_answer(self) -> None:
         if self._fetch is None or (answer := self._fetch.read()) is None:
@@ -343,22 +351,32 @@ class Watch:
 
     def _end(self) -> None:
         """Init is gone and the kernel has ended all it had: the rest of the output, the figures, the status."""
-        deadline = time.monotonic() + 10.0
-        while not self._output_ended and time.monotonic() < deadline:
-            for outlet in self._voice.outlets:
-                outlet.drain(1.0)
-            select.select([self._attachment], [], [], 0.2)
-            before = time.monotonic()
-            self._read_output()
-            if any(outlet.pending for outlet in self._voice.outlets):
-                deadline += time.monotonic() - before
+        quiet_since = time.monotonic()
+        while not self._output_ended and time.monotonic() - quiet_since < 5.0:
+            self._deliver(HIGH_WATER)
+            if select.select([self._attachment], [], [], 0.1)[0]:
+                self._read_output()
+                quiet_since = time.monotonic()
         self._check_oom()
         self._sample_usage()
-        status = self._engine.exit_status(self._container, timeout_s=5.0)
-        self._facts = self._facts._replace(status=status)
+        self._facts = self._facts._replace(status=self._engine.exit_status(self._container, timeout_s=5.0))
+        self._voice.finish()
+        self._deliver(0)
         if not self._cgroup.kill():
             raise HostError("processes of the dyno do not end.", hint="sandbox gc")
-        self._voice.finish()
+
+    def _deliver(self, most: int) -> None:
+        """Waits for a slow reader until at most ``most`` bytes are undelivered; a signal gives up on the rest."""
+        while any(outlet.pending > most for outlet in self._voice.outlets):
+            poller = select.poll()
+            poller.register(self._signals, select.POLLIN)
+            for outlet in self._voice.outlets:
+                outlet.flush()
+                if outlet.pending > most:
+                    poller.register(outlet.fd, select.POLLOUT)
+            ready = dict(poller.poll(100))
+            if self._signals in ready and set(os.read(self._signals, 64)) - {signal.SIGWINCH}:
+                self._result.undelivered_bytes = sum(outlet.abandon() for outlet in self._voice.outlets)
 
 
 def _highest(one: Usage, other: Usage) -> Usage:

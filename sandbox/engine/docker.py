@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -78,12 +79,22 @@ class DockerEngine:
         name = f"sandbox-stack-{self._config.host}:{stack_digest[:16]}"
         if self._call(self._api.images, name):
             return name
+        # One import at a time: two would leave the first one's image without a name.
+        lock = os.open(f"{self._config.run_dir}/docker-import.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self._call(self._api.images, name):
+                self._import(name, stack_root)
+        finally:
+            os.close(lock)
+        return name
+
+    def _import(self, name: str, stack_root: str) -> None:
         repository, _, tag = name.partition(":")
         tree = stacks.tar_stream(stack_root)
         answer = self._call(self._api.import_image_from_stream, tree, repository=repository, tag=tag)
         if "error" in str(answer):
             raise EngineError(f"Docker did not take the stack image: {escape(str(answer)[-300:])}")
-        return name
 
     def create(self, spec: ContainerSpec, folder: str) -> Container:
         body = docker_body.create_body(spec)

@@ -241,10 +241,12 @@ class Cgroup:
                 continue  # removed between the two calls
         return tuple(found)
 
-    def signal(self, number: int) -> int:
-        """Sends a signal to every process; returns to how many. Pids are pinned while they are signalled."""
+    def signal(self, number: int, *, but: int) -> int:
+        """Sends a signal to every process ``but`` one; returns to how many. Pids are pinned meanwhile."""
         sent = 0
         for pid in self.pids():
+            if pid == but:
+                continue
             try:
                 fd = os.pidfd_open(pid)
             except OSError:

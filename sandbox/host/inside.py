@@ -19,6 +19,7 @@ def _in_child(action: Callable[[], None], what: str) -> None:
     if pid == 0:  # pragma: no cover - the child never returns
         status = 1
         try:
+            sys.become_child()
             action()
             status = 0
         finally:
@@ -67,6 +68,7 @@ class Fetch:
         self._child = os.fork()
         if self._child == 0:  # pragma: no cover - the child never returns
             try:
+                sys.become_child()
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(timeout_s)
                 sys.setns(namespace, sys.CLONE_NEWNET)

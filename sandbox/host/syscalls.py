@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import struct
 import time
 
@@ -154,6 +155,17 @@ def _write_if_there(path: str, text: str) -> None:
     os.close(fd)
 
 
+def become_child() -> None:
+    """First in every forked child of ours: its signals are not its parent's.
+
+    A child keeps the parent's handlers and shares its wakeup descriptor: one Ctrl-C on the terminal would arrive
+    there once for each process.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def user_namespace(base: int, *, owner: int, count: int = 65536) -> int:
     """A descriptor of a new user namespace that maps 0..count-1 to base..base+count-1; nobody runs in it yet.
 
@@ -166,6 +178,7 @@ def user_namespace(base: int, *, owner: int, count: int = 65536) -> int:
     pid = os.fork()
     if pid == 0:  # pragma: no cover - the child never returns
         try:
+            become_child()
             os.close(done_w)
             os.setgroups([])
             os.setresgid(owner, owner, owner)

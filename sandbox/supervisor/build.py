@@ -66,7 +66,7 @@ class Builder:
         """Builds the app's slug and caches it under ``key``. Raises AppError, BuildError, and what a start raises."""
         build_stack = stacks.find(self._config, Variant.BUILD) if plan.install else None
         # Beside the slugs, not in a temporary folder: it can hold as much as a slug does.
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=self._config.slugs_dir) as work:
+        with tempfile.TemporaryDirectory(prefix=f".work.{os.getpid()}.", dir=self._config.slugs_dir) as work:
             os.chmod(work, 0o755)  # noqa: S103 - mksquashfs reads it as nobody
             staged = f"{work}/staged"
             os.mkdir(staged, 0o755)
@@ -177,14 +177,13 @@ class Builder:
                 signals=self._signals,
             ).run()
             facts = result.facts
-            if facts.status != 0 or facts.oom or facts.stopped:
+            if facts.status != 0 or facts.oom or facts.stopped or facts.timed_out_s is not None:
                 why = (
-                    "ran out of memory"
-                    if facts.oom
-                    else "was stopped"
-                    if facts.stopped
-                    else f"failed with status {facts.status}"
-                )
+                    *(["ran out of memory"] if facts.oom else []),
+                    *([f"took longer than {BUILD_TIMEOUT_S:.0f} s"] if facts.timed_out_s is not None else []),
+                    *(["was stopped"] if facts.stopped else []),
+                    f"failed with status {facts.status}",
+                )[0]
                 raise BuildError(
                     f"the {name} step {why}; nothing was started.",
                     hint="the last lines above are its own." if voice.tail else "sandbox doctor",

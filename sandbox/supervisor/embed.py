@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import select
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -16,7 +18,7 @@ from sandbox.app.detect import Plan
 from sandbox.config import Config
 from sandbox.dyno.dyno import Dyno, Launch, Phases, Started
 from sandbox.engine.base import Engine
-from sandbox.errors import ClauseError, UsageError
+from sandbox.errors import ClauseError, SandboxError, UsageError
 from sandbox.host import facts
 from sandbox.host import journal as journals
 from sandbox.host import stack as stacks
@@ -100,10 +102,7 @@ def run(
     os.umask(0o022)
     config.make_folders()
     if journals.paths(config.journal_dir):
-        from sandbox.supervisor.reclaim import reclaim
-
-        for container_id, undone in reclaim(config):
-            progress(f"reclaimed {container_id}: {len(undone)} leftovers of a run that was killed")
+        _reclaim(config, progress)
     phases.mark("reclaim")
     host = facts.read()
     policy = policies.make(
@@ -119,12 +118,15 @@ def run(
     source = sources.scan(request.path)
     plan = _plan(source, request)
     command, process_type = _command(plan, request)
+    if request.get and process_type != "web":
+        raise UsageError(f"--get asks a web process, not {show(process_type)}.", hint="leave --get away.")
     engine, why = engines.choose(config, request.engine, request.runtime, request.waived)
     if request.engine == "auto":
         progress(f"engine {engine.name} ({engine.runtime}): {why}")
     stack = stacks.find(config, Variant.RUNTIME)
     phases.mark("plan")
     hold()
+    leftovers = ""
     key = slug_key(config, source, plan, stack)
     slug = slugs.find(config, key)
     if slug is None:
@@ -150,6 +152,7 @@ def run(
     log = KernelLog()
     words = " ".join(request.command) or plan.process_types().get(process_type, "")
     try:
+        _stop_if_interrupted(signals)
         dyno.prepare()
         started = dyno.start(meanwhile=lambda: _load(meanwhile))
         voice = make_voice(name)
@@ -175,13 +178,20 @@ def run(
         from sandbox.supervisor.reclaim import destroy_container
 
         log.close()
-        dyno.close(destroy_container(config, engine))
+        try:
+            dyno.close(destroy_container(config, engine))
+        except SandboxError as error:
+            # How the dyno ended, or why it did not start, is what was asked for; this comes on top.
+            leftovers = error.message
+            progress(f"warning: {leftovers} (sandbox gc tries again)")
         phases.mark("teardown")
     from sandbox.dyno import exits
 
     end = exits.describe(result.facts, policy)
     if request.get and result.answered and end.reason is exits.Reason.STOPPED:
         end = exits.Exit(0, exits.Reason.STOPPED, "answered, and was stopped with SIGTERM")
+    elif request.get and not result.answered and end.code == 0:
+        end = exits.Exit(1, exits.Reason.NO_ANSWER, f"did not answer GET {request.get}; it exited with status 0")
     usage = result.usage
     document: dict[str, object] = {
         "dyno": name,
@@ -209,9 +219,28 @@ def run(
         "disk_written_bytes": written[0],
         "disk_written_inodes": written[1],
         "up_after_ms": None if result.up_after_s is None else round(result.up_after_s * 1000, 1),
+        "undelivered_bytes": result.undelivered_bytes,
+        "leftovers": leftovers,
         "phases_ms": phases.ms,
     }
     return Report(document, end)
+
+
+def _stop_if_interrupted(signals: int) -> None:
+    """A signal that came while we could not be interrupted, before anything was started."""
+    if signals >= 0 and select.select([signals], [], [], 0)[0] and set(os.read(signals, 64)) - {signal.SIGWINCH}:
+        raise KeyboardInterrupt
+
+
+def _reclaim(config: Config, progress: Progress) -> None:
+    """Takes down what dead runs left. What cannot be removed now is said, and does not stop this run."""
+    from sandbox.supervisor.reclaim import reclaim
+
+    try:
+        for container_id, undone in reclaim(config):
+            progress(f"reclaimed {container_id}: {len(undone)} leftovers of a run that was killed")
+    except SandboxError as error:
+        progress(f"warning: {error.message} (sandbox gc tries again)")
 
 
 def _load(more: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 
@@ -72,7 +73,10 @@ def reclaim(config: Config) -> list[tuple[str, list[str]]]:
             journal.close()
             failed.append(error.message)
     if docker_seen:
-        done += _docker_strays(config)
+        try:
+            done += _docker_strays(config)
+        except SandboxError as error:
+            failed.append(error.message)
     if done or failed:
         from sandbox.supervisor.eventlog import record
 
@@ -119,8 +123,33 @@ def sweep(config: Config) -> list[str]:
         if names.is_container_id(container_id, config.host) and container_id not in known:
             os.unlink(f"{config.disks_dir}/{name}")
             removed.append(f"{config.disks_dir}/{name}")
+    removed += _drafts(config)
     removed += disk.release_unused_layers(config)
     removed += [f"uid range {first}" for first in ids.sweep(config.journal_dir)]
+    return removed
+
+
+def _drafts(config: Config) -> list[str]:
+    """Half-made slugs, templates and stack images whose maker is dead; its pid is part of every draft's name.
+
+    A pid that was reused keeps a draft until the next time: these hold disk space, nothing else.
+    """
+    import shutil
+
+    removed = []
+    for folder, prefix in ((config.slugs_dir, "."), (config.disks_dir, "template-"), (config.stack_dir, "work-")):
+        for name in _list(folder):
+            parts = re.split(r"[.-]", name.removesuffix(".d"))
+            maker = next((part for part in reversed(parts) if part.isdigit()), None)
+            finished = not name.startswith(prefix) or name.endswith(".ext4") or maker is None
+            if finished or os.path.exists(f"/proc/{maker}"):
+                continue
+            path = f"{folder}/{name}"
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+            removed.append(path)
     return removed
 
 

@@ -302,3 +302,118 @@ def test_ps_gc_and_doctor(bad):
     assert {"root", "programs", "engine oci", "cgroups", "kernel", "stack", "switches"} <= {
         f["topic"] for f in document["findings"]
     }
+
+
+def test_closed_descriptors_never_take_the_apps_output_for_ours(bad):
+    """With stdin, stdout or stderr closed, a socket of ours would get that number and the app's bytes with it."""
+    command = bad.argv(
+        "run", "--raw", "--engine", "docker", SHELL, "--", "sh", "-c", "echo out; echo INJECTED >&2; exit 3"
+    )
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["bash", "-c", f'exec "$@" {closed}', "bash", *command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 3, (closed, done)
+        assert done.stdout == ("" if " >&-" in f" {closed}" else "out\n"), closed
+    assert census(bad) == []
+
+
+def test_a_slow_reader_gets_every_line(bad):
+    """The reader looks away for a while after the app has ended."""
+    command = bad.argv("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "seq", "300000")
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | (sleep 8; wc -l)', "bash", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "300000"
+
+
+def test_a_terminal_that_nobody_reads_does_not_stop_the_clock(bad):
+    """A full pseudo-terminal would block a plain write; the timeout must come all the same."""
+    import pty
+    import time
+
+    main, other = pty.openpty()
+    begin = time.monotonic()
+    argv = bad.argv(
+        "run", "--timeout", "2s", "--grace", "1s", "--engine", "oci", SHELL, "--", "sh", "-c", "yes; sleep 60"
+    )
+    process = subprocess.Popen(argv, stdout=other, stderr=subprocess.PIPE)
+    os.close(other)
+    # The app's end is decided by the clock; only then is the terminal read, and the rest delivered.
+    from tests.conftest import wait_for
+
+    wait_for(lambda: time.monotonic() - begin > 1 and not bad_dynos(bad), 30, "the end of the dyno")
+    while True:
+        try:
+            if not os.read(main, 65536):
+                break
+        except OSError:
+            break
+    os.close(main)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 124, err
+    assert b"our timeout of 2 s" in err
+
+
+def bad_dynos(instance) -> list[int]:
+    """Processes that live in the instance's dynos."""
+    from sandbox.host.cgroup import Cgroup
+
+    journals = (instance.state / "journal").glob("*.jsonl") if (instance.state / "journal").exists() else ()
+    return [pid for path in journals for pid in Cgroup.at(f"/{path.stem}").pids()] or (
+        [1] if not list((instance.state / "journal").glob("*")) else []
+    )
+
+
+def test_a_get_without_an_answer_is_a_failure(bad, app):
+    mute = "import os,signal,socket,sys,time\nsignal.signal(15, lambda *_: sys.exit(0))\ns=socket.socket(); s.bind(('',int(os.environ['PORT']))); s.listen()\nc,_=s.accept(); c.close(); time.sleep(60)"
+    done = bad("run", "--get", "/", app(**{"Procfile": "web: exec python3 mute.py", "mute.py": mute}))
+    assert done.status == 1, done
+    assert "did not answer GET /" in done.err
+
+
+def test_a_failed_build_shows_its_own_lines(bad, app):
+    package = {"scripts": {"start": "true", "build": "echo the reason why >&2; exit 3"}}
+    done = bad("run", app(**{"package.json": json.dumps(package)}), "--", "true", timeout=120)
+    assert done.status == 125
+    assert "the reason why" in done.err
+    assert "the build step failed with status" in done.err
+
+
+def test_drafts_of_dead_makers_are_swept(bad):
+    slugs = bad.state / "slugs"
+    slugs.mkdir(exist_ok=True)
+    (slugs / ".work.4194999.x").mkdir()
+    (slugs / f".key.{os.getpid()}").write_text("alive")
+    done = bad("gc")
+    assert ".work.4194999.x" in done.out
+    assert (slugs / f".key.{os.getpid()}").exists()
+    (slugs / f".key.{os.getpid()}").unlink()
+
+
+def test_nohup_is_honoured(bad):
+    """A hang-up that our caller ignores does not stop the dyno."""
+    import signal
+
+    argv = bad.argv("run", "--raw", "-q", "--engine", "oci", SHELL, "--", "sh", "-c", "echo up; sleep 2; echo end")
+    process = subprocess.Popen(
+        ["nohup", *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, b"end\n")
+
+
+def test_a_device_in_the_app_is_refused(bad, app):
+    path = app(Procfile="web: x")
+    os.mknod(f"{path}/null", 0o020666, os.makedev(1, 3))
+    refuse(bad, path, says='"null" is a device', hint="remove it")

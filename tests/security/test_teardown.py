@@ -186,7 +186,8 @@ def test_a_docker_daemon_that_dies_is_said_and_cleaned_up_later(home):
     socket = f"unix://{base}/docker.sock"
 
     def daemon() -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(
+        log = (base / "log").open("wb")
+        process = subprocess.Popen(
             ["dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", socket, "-p", str(base / "pid"),
              "--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"],
             stdout=log, stderr=log, start_new_session=True,
