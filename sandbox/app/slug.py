@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sandbox import hostcmd
 from sandbox.config import Config
 from sandbox.errors import AppError, HostError
-from sandbox.host.stack import file_digest
+from sandbox.host.stack import file_digest, identity
 from sandbox.policy.spec import APP_UID
 from sandbox.units import format_bytes
 
@@ -39,7 +39,7 @@ def find(config: Config, key: str) -> Slug | None:
         return None
     image = _image(config, digest)
     try:
-        now = _identity(image)
+        now = identity(image)
     except FileNotFoundError:
         return None
     if now != seen:
@@ -126,13 +126,8 @@ def _index(config: Config, key: str) -> str:
     return f"{config.slugs_dir}/{key}.json"
 
 
-def _identity(path: str) -> list[int]:
-    status = os.stat(path)
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
 def _remember(config: Config, key: str, digest: str) -> None:
     draft = f"{_index(config, key)}.{os.getpid()}"
     with open(draft, "w", encoding="utf-8") as file:
-        json.dump({"digest": digest, "stat": _identity(_image(config, digest))}, file)
+        json.dump({"digest": digest, "stat": identity(_image(config, digest))}, file)
     os.rename(draft, _index(config, key))

@@ -14,6 +14,7 @@ import docker.errors
 import requests.exceptions
 
 from sandbox.config import Config
+from sandbox.engine import wire
 from sandbox.engine.base import Chunk, Container, Stream
 from sandbox.errors import EngineError
 from sandbox.host import stack as stacks
@@ -231,18 +232,10 @@ class DockerAttachment:
         return chunks
 
     def send(self, data: bytes) -> int:
-        try:
-            return self._socket.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            return len(data)  # the app's input is gone; what is left of ours has no reader
+        return wire.send(self._socket, data)
 
     def end_input(self) -> None:
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
+        wire.end_input(self._socket)
 
     def resize(self, rows: int, columns: int) -> None:
         try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sandbox import hostcmd
 from sandbox.config import Config
+from sandbox.engine import wire
 from sandbox.engine.base import Chunk, Container, Stream
 from sandbox.errors import EngineError, HostError
 from sandbox.host import cgroup
@@ -249,18 +250,10 @@ class ConmonAttachment:
         return chunks
 
     def send(self, data: bytes) -> int:
-        try:
-            return self._socket.send(data[:8192])
-        except BlockingIOError:
-            return 0
-        except OSError:
-            return len(data)  # the app's input is gone; what is left of ours has no reader
+        return wire.send(self._socket, data[:8192])
 
     def end_input(self) -> None:
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
+        wire.end_input(self._socket)
 
     def resize(self, rows: int, columns: int) -> None:
         # conmon's control pipe takes "1 rows columns" (its src/ctrl.c, WIN_RESIZE_EVENT).

@@ -73,7 +73,7 @@ def find(config: Config, variant: Variant) -> Stack:
     except (ValueError, KeyError) as error:
         raise StackError(f"{index} is damaged.", hint="sandbox stack build") from error
     try:
-        now = _identity(stack.image)
+        now = identity(stack.image)
     except FileNotFoundError as error:
         raise StackError(f"the stack image {stack.image} is missing.", hint="sandbox stack build") from error
     if now != seen:
@@ -221,7 +221,8 @@ def _index(config: Config, variant: Variant) -> str:
     return f"{config.stack_dir}/{variant.value}.json"
 
 
-def _identity(path: str) -> list[int]:
+def identity(path: str) -> list[int]:
+    """What changes when somebody writes to a file or replaces it: a new hash is due when it differs."""
     status = os.stat(path)
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
@@ -232,7 +233,7 @@ def _write_index(config: Config, stack: Stack, recipe: str) -> None:
         "image": stack.image,
         "manifest": stack.manifest,
         "recipe": recipe,
-        "stat": _identity(stack.image),
+        "stat": identity(stack.image),
     }
     draft = f"{_index(config, stack.variant)}.{os.getpid()}"
     with open(draft, "w", encoding="utf-8") as file:
