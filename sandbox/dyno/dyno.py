@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from sandbox.dyno import slot as slots
 from sandbox.dyno.slot import DestroyContainer, Slot
 from sandbox.engine.base import Attachment, Container, Engine
 from sandbox.errors import ClauseError, EngineError, HostError
-from sandbox.host import inside, observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
 from sandbox.host.stack import Stack
@@ -154,6 +152,8 @@ class Dyno:
         try:
             cgroup = Cgroup.of(container.pid)
             if engine.brings_mounts:
+                from sandbox.host import inside
+
                 inside.restrict_engine_mounts(container.pid, max_terminals=mounts.MAX_TERMINALS)
             if launch.policy.holds(Clause.MEMORY):
                 cgroup.limit_tcp(launch.policy.tcp_max_bytes)
@@ -224,7 +224,7 @@ def _reach_gate(fifo: str, pid: int) -> int:
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-        if not observe.alive(pid) or time.monotonic() > deadline:
+        if not os.path.exists(f"/proc/{pid}") or time.monotonic() > deadline:
             raise HostError(
                 "not started: the container ended before it reached the gate; no instruction of the app ran.",
                 hint="sandbox doctor",
@@ -233,6 +233,8 @@ def _reach_gate(fifo: str, pid: int) -> int:
 
 
 def _open_gate(gate: int, env: dict[str, str]) -> None:
+    import shlex
+
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
     script = "".join((*lines, "SANDBOX_GATE=open\n")).encode("utf-8", "surrogateescape")
     os.set_blocking(gate, True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import select
 import signal
 from collections.abc import Callable
@@ -248,7 +247,8 @@ def _load(more: Callable[[], None]) -> None:
     import sandbox.dyno.exits
     import sandbox.dyno.verify
     import sandbox.dyno.watch
-    import sandbox.supervisor.reclaim  # noqa: F401 - loaded, not used here
+    import sandbox.engine.conmon
+    import sandbox.supervisor.reclaim  # noqa: F401 - all loaded, none used here
 
     more()
 
@@ -365,6 +365,6 @@ def _run_name(config: Config) -> str:
     """``run.NNNN`` that no live dyno of this instance has."""
     taken = {str(header.get("name")) for _, header in journals.headers(config.journal_dir)}
     while True:
-        name = f"run.{random.randint(1000, 9999)}"  # noqa: S311 - a name, not a secret
+        name = f"run.{1000 + int.from_bytes(os.urandom(4)) % 9000}"
         if name not in taken:
             return name
