@@ -23,7 +23,7 @@ def test_two_spinners_get_the_cap(sandbox, engine):
 
 
 def test_control_without_the_cap_they_get_more(sandbox, engine):
-    assert sandbox.attack(engine, BURN, "--cpus", "0.5", "--waive", "cpu") > 0.75
+    assert sandbox.attack(engine, BURN, "--cpus", "0.5", "--waive", "cpu") > 0.65
 
 
 def test_the_time_used_is_reported(sandbox, engine):
