@@ -268,6 +268,38 @@ def suid_mounts() -> None:
     _edit_oci(lambda c: [m.update(options=[o for o in m["options"] if o != "nosuid"]) for m in c["mounts"]])
 
 
+def root_creates() -> None:
+    """Root makes every user namespace, as runc would by itself."""
+    from sandbox.host import syscalls
+
+    original = syscalls.user_namespace
+    syscalls._USERNS_LIMITS.clear()
+    syscalls.user_namespace = lambda base, *, owner, count=65536: original(base, owner=0, count=count)
+
+
+def shared_stack() -> None:
+    """The stack is mounted as it is, without a layer of the dyno's own."""
+    from sandbox.host import disk
+
+    original = disk._overlay
+
+    def overlay(folder, target, layers):
+        if target == "root":
+            disk.sys.clone_mount(f"{folder}/stack", f"{folder}/root", attributes=disk.sys.ATTR_RDONLY)
+        else:
+            original(folder, target, layers)
+
+    disk._overlay = overlay
+
+
+def no_tcp_limit() -> None:
+    from sandbox.dyno import verify
+    from sandbox.host.cgroup import Cgroup
+
+    Cgroup.limit_tcp = lambda *_: None
+    verify._CHECKS.pop(verify.Clause.MEMORY)
+
+
 def no_verify() -> None:
     from sandbox.dyno import verify
 
