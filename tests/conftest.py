@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+# A job in the background of a script starts with SIGINT ignored, and so would every command we start; it honours that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 MUTANT = ROOT / "tests" / "mutant.py"
