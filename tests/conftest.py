@@ -122,6 +122,14 @@ def docker_host(home: Path) -> Iterator[str]:
     daemon.send_signal(signal.SIGTERM)
     daemon.wait(30)
     log.close()
+    unmount_below(base)
+
+
+def unmount_below(folder: Path) -> None:
+    """What a Docker daemon leaves mounted in its own folders: a network namespace, and its data when it was killed."""
+    targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for target in sorted((t for t in targets if t.startswith(f"{folder}/")), reverse=True):
+        subprocess.run(["umount", "-l", target], check=True)
 
 
 def make_instance(home: Path, name: str, docker_host: str = "") -> Instance:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import ROOT, Instance, census, default_state, make_instance, wait_for
+from tests.conftest import ROOT, Instance, census, default_state, make_instance, unmount_below, wait_for
 
 RUNS = int(os.environ.get("BENCH_RUNS", "15"))
 BIN = Path(sys.executable).parent
@@ -191,6 +191,7 @@ def main() -> None:
         finally:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(30)
+            unmount_below(base)
     print(text)
     (ROOT / "docs" / "PERFORMANCE.md").write_text(text)
 

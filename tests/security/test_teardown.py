@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import EXAMPLES, census, make_instance, wait_for
+from tests.conftest import EXAMPLES, census, make_instance, unmount_below, wait_for
 
 SHELL = str(EXAMPLES / "shell")
 
@@ -220,3 +220,4 @@ def test_a_docker_daemon_that_dies_is_said_and_cleaned_up_later(home):
     finally:
         second.send_signal(signal.SIGTERM)
         second.wait(30)
+        unmount_below(base)
