@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -210,7 +211,8 @@ def test_a_docker_daemon_that_dies_is_said_and_cleaned_up_later(home):
     assert b"was lost" in out
     assert not [entry for entry in census(instance) if entry.startswith("process")]
     for pid in containerd:  # the daemon's own child: it would end with a clean stop
-        os.kill(int(pid), signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
         wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 30, "the end of containerd")
     (base / "pid").unlink(missing_ok=True)
     second = daemon()
