@@ -220,7 +220,8 @@ class Watch:
             return
         self._voice.event(f"Stopping all processes with {name}")
         # Not to our init: it would pass it on, and its child would get a second one in the middle of its first.
-        self._cgroup.signal(signal.SIGTERM, but=self._container.pid)
+        if not self._engine.signals_itself(self._container, signal.SIGTERM):
+            self._cgroup.signal(signal.SIGTERM, but=self._container.pid)
         self._deadlines["grace"] = time.monotonic() + self._wishes.grace_s
         for deadline in ("timeout", "boot", "boot-limit"):
             self._deadlines.pop(deadline, None)

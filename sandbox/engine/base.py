@@ -81,6 +81,9 @@ class Engine(Protocol):
     def start(self, container: Container) -> Container:
         """Starts the init and the gate; the result has the pid."""
 
+    def signals_itself(self, container: Container, number: int) -> bool:
+        """Signals every process of the app, where only the engine can tell them apart; False: the host can."""
+
     def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
         """The status with which init ended (128 + N after signal N); None when nobody knows."""
 

@@ -135,6 +135,9 @@ class DockerEngine:
     def _inspect(self, container_id: str) -> dict[str, Any]:
         return dict(self._call(self._api.inspect_container, container_id))
 
+    def signals_itself(self, container: Container, number: int) -> bool:
+        return False
+
     def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
         try:
             answer = self._api.wait(container.container_id, timeout=max(1, round(timeout_s)))

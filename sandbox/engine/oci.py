@@ -171,6 +171,13 @@ class OciEngine:
     def _run(self, *arguments: str, check: bool = True) -> None:
         hostcmd.run([self._runtime_path, *self._flags, *arguments], check=check)
 
+    def signals_itself(self, container: Container, number: int) -> bool:
+        if self.runtime != "runsc":
+            return False
+        # The processes in the cgroup are gVisor's own: its kernel and its file server.
+        self._run("kill", "--all", container.container_id, str(number), check=False)
+        return True
+
     def exit_status(self, container: Container, *, timeout_s: float) -> int | None:
         path = f"{self._config.dynos_dir}/{container.container_id}/exit/{container.container_id}"
         shim = self._conmons.get(container.container_id, -1)
