@@ -101,7 +101,6 @@ class Watch:
         self._input_open = wishes.stdin_fd >= 0
         self._input_ended = False
         self._output_ended = False
-        self._state = "starting" if wishes.port else "up"
         self._deadlines: dict[str, float] = {"tick": self._begin + _TICK_S, "sample": self._begin + wishes.sample_s}
         if wishes.timeout_s is not None:
             self._deadlines["timeout"] = self._begin + wishes.timeout_s
@@ -272,7 +271,6 @@ class Watch:
             self._deadlines.pop(name, None)
         self._result.up_after_s = now - self._begin
         self._voice.event("State changed from starting to up")
-        self._state = "up"
         try:
             self._fetch = self._on_up()
         except OSError:
