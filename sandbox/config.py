@@ -6,7 +6,7 @@ Precedence: flag, then environment, then ``/etc/sandbox/config.toml``, then the 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sandbox.errors import UsageError
 from sandbox.names import host_id
@@ -20,7 +20,20 @@ DOCKER_HOST = "unix:///var/run/docker.sock"
 UID_BASE = 0x70000000
 UID_SLOTS = 4096
 
-_KEYS = {"state_dir": str, "run_dir": str, "docker_host": str, "uid_base": int, "uid_slots": int}
+# Docker's own address pools begin at 172.17.0.0; Heroku's dynos have a /30 of 172.16.0.0/12.
+POOL = "172.16.0.0/16"
+
+_KEYS = {
+    "state_dir": str,
+    "run_dir": str,
+    "docker_host": str,
+    "uid_base": int,
+    "uid_slots": int,
+    "pool": str,
+    "deny": list,
+    "permit": list,
+    "linger_s": int,
+}
 
 
 class Config(NamedTuple):
@@ -31,6 +44,10 @@ class Config(NamedTuple):
     docker_host: str = DOCKER_HOST
     uid_base: int = UID_BASE
     uid_slots: int = UID_SLOTS
+    pool: str = POOL  # the dynos' addresses
+    deny: tuple[str, ...] = ()  # networks that no dyno may reach, beyond those that none ever may
+    linger_s: int = 60  # how long the router outlives the last dyno
+    permit: tuple[str, ...] = ()  # local networks that an app's allow list may name
 
     @property
     def host(self) -> str:
@@ -79,10 +96,11 @@ def load(
     run_dir: str | None = None,
     docker_host: str | None = None,
     environ: dict[str, str] | None = None,
-    file: str = CONFIG_FILE,
+    file: str | None = None,
 ) -> Config:
     """The instance that flags, environment and host file describe."""
     env = os.environ if environ is None else environ
+    file = file or env.get("SANDBOX_CONFIG") or CONFIG_FILE
     values = _host_file(file)
     chosen = {
         "state_dir": state_dir or env.get("SANDBOX_STATE_DIR") or values.get("state_dir", STATE_DIR),
@@ -102,10 +120,37 @@ def load(
         raise UsageError(f"{file}: uid_base must be a multiple of 65536, and the last id below 2147483648.")
     # One spelling each: mounts and journals are found by comparing paths.
     state, run = (os.path.realpath(str(chosen[key])) for key in ("state_dir", "run_dir"))
-    return Config(state, run, str(docker), base, slots)
+    pool = _pool(str(env.get("SANDBOX_POOL") or values.get("pool", POOL)), file)
+    lists = {key: tuple(str(item) for item in _list(values, key, file)) for key in ("deny", "permit")}
+    return Config(state, run, str(docker), base, slots, pool, linger_s=int(values.get("linger_s", 60)), **lists)
 
 
-def _host_file(path: str) -> dict[str, str | int]:
+def _list(values: dict[str, Any], key: str, file: str) -> list[str]:
+    items = values.get(key, [])
+    if not all(isinstance(item, str) for item in items):
+        raise UsageError(f"{file}: {key} must be a list of networks as text.", hint=f'{key} = ["10.1.2.0/24:5432"]')
+    return list(items)
+
+
+def _pool(text: str, file: str) -> str:
+    """The pool of addresses: private, and large enough for the uplink, the resolver's neighbourhood and a dyno."""
+    import ipaddress  # only a pool that is not the default one has to be checked
+
+    if text == POOL:
+        return text
+    try:
+        pool = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise UsageError(f"{file}: the pool {show(text)} is not an IPv4 network: {show(str(error))}.") from error
+    private = (ipaddress.IPv4Network(net) for net in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
+    if not any(pool.subnet_of(net) for net in private) or not 8 <= pool.prefixlen <= 28:
+        raise UsageError(
+            f"{file}: the pool {pool} must be a private network of /8 to /28.", hint='pool = "172.16.0.0/16"'
+        )
+    return str(pool)
+
+
+def _host_file(path: str) -> dict[str, Any]:
     if not os.path.exists(path):
         return {}
     import tomllib  # only hosts with a configuration file pay for the parser

@@ -31,6 +31,24 @@ def require(program: str, package: str) -> str:
     return path
 
 
+def spawn(argv: Sequence[str], *, log: str, keep: tuple[int, ...] = (), env: dict[str, str]) -> None:
+    """Starts a program that outlives us: a session of its own, no input, both outputs to the file ``log``.
+
+    It is not waited for: when we end, init takes it over.
+    """
+    with open(log, "ab") as out:
+        subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=env,
+            cwd="/",
+            pass_fds=keep,
+            start_new_session=True,
+        ).returncode = 0  # nobody collects its status: Popen would warn of that
+
+
 def run(
     argv: Sequence[str],
     *,

@@ -11,10 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.world import World
 
 # A job in the background of a script starts with SIGINT ignored, and so would every command we start; it honours that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,12 +46,21 @@ class Instance:
     state: Path
     run_dir: Path
     docker_host: str = ""
+    world: World | None = None  # None: the machine's own network, for measurements that send nothing
+    pool: str = ""
+    config: str = ""
 
     def argv(self, *arguments: str, mutant: str = "") -> list[str]:
         options = [f"--state-dir={self.state}", f"--run-dir={self.run_dir}"]
         if self.docker_host:
             options.append(f"--docker-host={self.docker_host}")
-        return [sys.executable, str(MUTANT), mutant or "none", *options, *arguments]
+        command = [sys.executable, str(MUTANT), mutant or "none", *options, *arguments]
+        return self.world.host.argv(*command) if self.world is not None else command
+
+    def environ(self, **more: str) -> dict[str, str]:
+        extra = {"SANDBOX_POOL": self.pool} if self.pool else {}
+        extra |= {"SANDBOX_CONFIG": self.config} if self.config else {}
+        return {**os.environ, **extra, **more}
 
     def __call__(
         self,
@@ -65,15 +77,26 @@ class Instance:
             input=data,
             capture_output=True,
             timeout=timeout,
-            env={**os.environ, **environ},
+            env=self.environ(**environ),
             check=False,
             cwd=ROOT,
         )
         return Done(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
 
+    def remove_network(self) -> None:
+        """The router of an instance outlives its dynos by a minute; the tests do not wait for that."""
+        if (self.run_dir / "net" / "router").exists():
+            done = self("firewall", "remove")
+            assert done.status == 0, done
+
     def start(self, *arguments: str, mutant: str = "", **more: object) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            self.argv(*arguments, mutant=mutant), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **more
+            self.argv(*arguments, mutant=mutant),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            env=self.environ(),
+            **more,
         )
 
     def attack(self, engine: str, code: str, *options: str, mutant: str = "", timeout: float = 90) -> dict:
@@ -95,12 +118,19 @@ def home() -> Iterator[Path]:
     """A folder for a session's instances, short enough for Unix sockets."""
     path = Path(tempfile.mkdtemp(prefix="sbt-"))
     path.chmod(0o711)
-    yield path
+    with World(path / "world"):
+        yield path
     shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def docker_host(home: Path) -> Iterator[str]:
+def world(home: Path) -> World:
+    """The namespaces in which the product runs and its packets end. No test runs it in the machine's own."""
+    return World.current
+
+
+@pytest.fixture(scope="session")
+def docker_host(home: Path, world: World) -> Iterator[str]:
     """A Docker daemon of our own, from Debian's docker.io: own data, own state, own socket, no bridge, no iptables."""
     base = home / "docker"
     base.mkdir()
@@ -108,7 +138,7 @@ def docker_host(home: Path) -> Iterator[str]:
     log = (base / "log").open("wb")
     daemon = subprocess.Popen(
         [
-            "dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", socket,
+            *world.host.argv(), "dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", socket,
             "-p", str(base / "pid"), "--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false",
         ],
         stdout=log, stderr=log, start_new_session=True,
@@ -133,13 +163,16 @@ def unmount_below(folder: Path) -> None:
 
 
 def make_instance(home: Path, name: str, docker_host: str = "") -> Instance:
-    """An instance of its own that borrows the stack images of the default one."""
+    """An instance of its own that borrows the stack images of the default one, with an address pool of its own."""
     state, run_dir = home / name / "state", home / name / "run"
     state.mkdir(parents=True, mode=0o711)
     run_dir.mkdir(mode=0o711)
     (home / name).chmod(0o711)
     (state / "stack").symlink_to(default_state() / "stack")
-    return Instance(state, run_dir, docker_host)
+    number = zlib.crc32(str(home / name).encode()) % 200
+    instance = Instance(state, run_dir, docker_host, World.current, "" if name == "main" else f"10.{number}.0.0/20")
+    World.current.on_close.append(instance.remove_network)
+    return instance
 
 
 @pytest.fixture(scope="session")
@@ -185,8 +218,14 @@ def census(instance: Instance) -> list[str]:
     found = [
         f"mount {line.split()[4]}"
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if str(instance.run_dir) in line
+        if str(instance.run_dir) in line and line.split()[4] != str(instance.run_dir / "net" / "router")
     ]
+    found += [f"address {path.name}" for path in instance.run_dir.glob("net/dynos/*")]
+    if (instance.run_dir / "net" / "router").exists():
+        links = subprocess.run(
+            ["nsenter", f"--net={instance.run_dir}/net/router", "ip", "-o", "link"], capture_output=True, text=True, check=False
+        ).stdout  # fmt: skip
+        found += [f"link {line.split()[1]}" for line in links.splitlines() if "sbx-" in line]
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             if str(instance.state) in backing.read_text():
@@ -201,7 +240,7 @@ def census(instance: Instance) -> list[str]:
                 arguments = Path(f"/proc/{name}/cmdline").read_bytes()
             except OSError:
                 continue
-            if mine.encode() in arguments:
+            if mine.encode() in arguments and b"sandbox.firewall.guard" not in arguments:
                 found.append(f"process {name} {arguments[:80]!r}")
     for folder in (config.dynos_dir, config.layers_dir, config.runtime_dir, config.journal_dir):
         if os.path.isdir(folder):

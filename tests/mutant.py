@@ -306,6 +306,150 @@ def no_verify() -> None:
     verify.differences = lambda _: []
 
 
+def no_deny() -> None:
+    """The router has no rule that looks at destinations, and the host's own table lets everything in."""
+    from sandbox.firewall import ruleset
+
+    router, host = ruleset.router, ruleset.host
+    ruleset.router = lambda *a: router(*a).replace("meta mark set ip daddr map @deny4 goto deny", "")
+    ruleset.host = lambda *a: host(*a).replace("fib daddr type != unicast counter drop", "")
+
+
+def late_wall() -> None:
+    """The deny rule comes 300 ms after the app, as where rules are installed once the process is there."""
+    import threading
+    import time
+
+    from sandbox.dyno import dyno
+    from sandbox.firewall import router
+    from sandbox.firewall.layout import Layout
+    from sandbox.host.nft import Nft
+
+    no_deny()
+    start, opened, layouts = dyno.Dyno.start, dyno._open_gate, []
+
+    def started(self, **more):
+        layouts.append(Layout(self._config))
+        return start(self, **more)
+
+    def later() -> None:
+        time.sleep(0.3)
+        with router.inside(layouts[0]):
+            Nft().run("insert rule inet sandbox from_dyno meta mark set ip daddr map @deny4 goto deny")
+
+    def open_gate(*arguments):
+        opened(*arguments)
+        threading.Thread(target=later).start()
+
+    dyno.Dyno.start, dyno._open_gate = started, open_gate
+
+
+def nft_missing() -> None:
+    from sandbox.errors import HostError
+    from sandbox.host import nft
+
+    def library():
+        raise HostError("libnftables is not installed.", hint="apt-get install nftables")
+
+    nft._library = library
+
+
+def _nft_fails(when) -> None:
+    from sandbox.host import nft
+
+    original = nft.Nft.run
+
+    def run(self, text, *, flags=0):
+        if when(text):
+            text += "add element inet sandbox no_such_set { 1 }\n"
+        return original(self, text, flags=flags)
+
+    nft.Nft.run = run
+
+
+def nft_refuses() -> None:
+    """The kernel refuses the transaction that admits the dyno."""
+    _nft_fails(lambda text: text.startswith("add element inet sandbox src4"))
+
+
+def set_full() -> None:
+    """There is room for no dyno at all in one of the sets."""
+    from sandbox.firewall import ruleset
+
+    router = ruleset.router
+    ruleset.router = lambda *a: router(*a).replace(
+        "set src4 { type ifname . ipv4_addr; size 65535; counter; }",
+        'set src4 { type ifname . ipv4_addr; size 1; counter; elements = { "full" . 192.0.2.1 } }',
+    )
+
+
+def veth_gone() -> None:
+    """The link disappears between the wiring and the verdict."""
+    from sandbox.firewall import admit, router
+    from sandbox.host.netlink import Netlink
+
+    connect = admit.connect
+
+    def connected(config, place, pid):
+        connect(config, place, pid)
+        layout = admit.Layout(config)
+        with router.inside(layout):
+            net = Netlink()
+        net.remove_link(router.read_record(layout.record(place.address))["link"])
+
+    admit.connect = connected
+
+
+def no_source_element() -> None:
+    """The element that says which address is its own is lost before the verdict."""
+    from sandbox.firewall import admit, router
+    from sandbox.host.nft import Nft
+
+    connect = admit.connect
+
+    def connected(config, place, pid):
+        connect(config, place, pid)
+        layout = admit.Layout(config)
+        record = router.read_record(layout.record(place.address))
+        with router.inside(layout):
+            Nft().run(f'delete element inet sandbox src4 {{ "{record["link"]}" . {place.address} }}')
+
+    admit.connect = connected
+
+
+def ipv6_stays_on() -> None:
+    from sandbox.host import netns
+
+    original = netns.write_sysctl
+    netns.write_sysctl = lambda name, value: None if "eth0/disable_ipv6" in name else original(name, value)
+    from sandbox.firewall import admit
+
+    own = admit._own_side
+
+    def side(net, place):
+        own(net, place)
+        import time
+
+        time.sleep(2.5)  # until duplicate address detection has made the address a real one
+
+    admit._own_side = side
+
+
+def no_dnsmasq() -> None:
+    from sandbox import hostcmd
+
+    original = hostcmd.which
+    hostcmd.which = lambda program: None if program == "dnsmasq" else original(program)
+
+
+def dead_resolver() -> None:
+    """The guard's process cannot start."""
+    from sandbox import hostcmd
+
+    original = hostcmd.spawn
+    hostcmd.spawn = lambda argv, **more: original(["/bin/false"], **more)
+
+
 def die_at() -> None:
     """SIGKILL to ourselves at the N-th step: right after a step was written down, or right after it was undone."""
     from sandbox.dyno import slot

@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "Run an app as a dyno, in the foreground.",
     "ps": "List the dynos that live on this host now.",
     "gc": "Remove what crashed runs left behind, and say what.",
+    "firewall": "Explain the network wall, say what it denied, change it, remove it.",
     "doctor": "Say what this host can enforce, what it cannot, and what mends it.",
     "stack": "Build and check the stack image.",
 }

@@ -23,6 +23,9 @@ class LineVoice:
 
     warning = event
 
+    def notice(self, part: str, message: str) -> None:
+        self._out.write(line("sandbox", part, message))
+
     def finish(self) -> None:
         self._out.write(self._framer.flush())
 
@@ -43,6 +46,9 @@ class RawVoice:
 
     def warning(self, message: str) -> None:
         self._err.write(line("heroku", self._process, message))
+
+    def notice(self, part: str, message: str) -> None:
+        self._err.write(line("sandbox", part, message))
 
     def finish(self) -> None:
         """Nothing is held back here."""

@@ -54,6 +54,12 @@ MAX_ENV_BYTES = 64 * 1024
     default=None,
     help="A terminal for the app; default: a command of yours on a terminal.",
 )
+@click.option(
+    "--egress",
+    metavar="WHAT",
+    help="public, none, or allow:LIST of networks[:ports] and names; default: the app's sandbox.toml, then public.",
+)
+@click.option("--smtp", is_flag=True, help="Let the app reach port 25.")
 @click.option("--get", metavar="/PATH", help="Once the web process is up, fetch PATH inside the dyno, then stop it.")
 @click.option("--raw", is_flag=True, help="The app's bytes as they are, stdout and stderr apart.")
 @click.option("--json", "as_json", is_flag=True, help="One document on stdout; the app's output on stderr.")
@@ -77,9 +83,11 @@ def command(
     grace: str,
     boot_timeout: str,
     sample: str,
+    egress: str | None,
     get: str | None,
     *,
     want_tty: bool | None,
+    smtp: bool,
     raw: bool,
     as_json: bool,
     quiet: bool,
@@ -129,6 +137,8 @@ def command(
         grace_s=units.parse_duration(grace, what="--grace"),
         sample_s=units.parse_duration(sample, what="--sample"),
         boot_timeout_s=units.parse_duration(boot_timeout, what="--boot-timeout"),
+        egress=egress or "",
+        smtp=smtp,
         get=get or "",
     )
 

@@ -15,11 +15,15 @@ from sandbox.dyno import slot as slots
 from sandbox.dyno.slot import DestroyContainer, Slot
 from sandbox.engine.base import Attachment, Container, Engine
 from sandbox.errors import ClauseError, EngineError, HostError
+from sandbox.firewall import admit, guard, router
+from sandbox.firewall.layout import Place
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
+from sandbox.host.observe import shares_network
 from sandbox.host.stack import Stack
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
+from sandbox.policy.egress import RESOLVER, Mode
 from sandbox.policy.policy import Policy
 from sandbox.policy.spec import ContainerSpec
 
@@ -41,7 +45,7 @@ class Launch(NamedTuple):
     env: dict[str, str]
     tty: bool = False
     stdin: bool = False
-    resolv_conf: str = ""
+    port: int = 0  # what the host may reach, of a web process
 
 
 class Phases:
@@ -75,6 +79,7 @@ class Dyno:
         self.phases = phases or Phases()
         self._journal: Journal | None = None
         self.slot: Slot | None = None
+        self.place: Place | None = None
         self._used_at_start = (0, 0)
 
     def prepare(self) -> Slot:
@@ -95,6 +100,9 @@ class Dyno:
                 "policy": launch.policy.digest(),
             },
         )
+        if launch.policy.holds(Clause.NETWORK):
+            self.place = self._take_place(self._journal)
+        self.phases.mark("network")
         self.slot = slots.take(
             self._config,
             self._journal,
@@ -104,13 +112,26 @@ class Dyno:
             slug_image=launch.slug_image,
             hostname=names.hostname(launch.name),
             user_namespace=engine.user_namespaces,
-            resolv_conf=launch.resolv_conf,
+            resolv_conf=_resolv_conf(launch.policy) if self.place else "",
             own_stack_mount=not engine.brings_mounts,
         )
         used_bytes, used_inodes = self._disk_used()
         self._used_at_start = used_bytes, used_inodes - 1  # the gate goes as soon as it was opened
         self.phases.mark("slot")
         return self.slot
+
+    def _take_place(self, journal: Journal) -> Place:
+        """A place in the network, and the router standing. The record comes first: it keeps the router from leaving."""
+        launch = self.launch
+        wish = admit.Wish(
+            self.container_id, launch.name, launch.app, launch.policy.egress, launch.policy.traffic, launch.port
+        )
+        journal.record("network", self.container_id)
+        place = admit.lease(self._config, wish)
+        journal.record("network", self.container_id, address=str(place.address))
+        router.ensure(self._config, forwarding=launch.policy.egress.mode is not Mode.NONE)
+        guard.start(self._config)
+        return place
 
     def start(self, *, meanwhile: Callable[[], None] = lambda: None) -> Started:
         """Creates the container, reads the wall back behind the gate, and opens the gate.
@@ -157,6 +178,10 @@ class Dyno:
                 inside.restrict_engine_mounts(container.pid, max_terminals=mounts.MAX_TERMINALS)
             if launch.policy.holds(Clause.MEMORY):
                 cgroup.limit_tcp(launch.policy.tcp_max_bytes)
+            # Never into the host's own namespace, should an engine have given it: the verdict below names that.
+            if self.place is not None and not shares_network(container.pid):
+                admit.connect(self._config, self.place, container.pid)
+                self.phases.mark("connect")
             self._verify(spec, container, cgroup)
             self.phases.mark("verify")
             _open_gate(gate, launch.env)
@@ -173,7 +198,7 @@ class Dyno:
             raise EngineError("the container's init is not in its cgroup.", hint="sandbox doctor")
         from sandbox.dyno import verify  # loaded by ``meanwhile``
 
-        subject = verify.Subject(spec, self._engine.user_namespaces, pids, cgroup)
+        subject = verify.Subject(spec, self._engine.user_namespaces, pids, cgroup, self._config, self.place)
         found = verify.differences(subject)
         if found:
             clauses = tuple(dict.fromkeys(difference.clause.value for difference in found))
@@ -206,6 +231,13 @@ class Dyno:
             slots.give_back(self._config, self._journal, destroy)
             self._journal = None
         self.slot = None
+
+
+def _resolv_conf(policy: Policy) -> str:
+    """Our resolver, or nobody: without a line the C library asks the dyno's own loopback and is refused at once."""
+    if not policy.egress.resolves:
+        return "# egress none: no name resolves\n"
+    return f"nameserver {RESOLVER}\noptions timeout:3 attempts:2\n"
 
 
 def _first(found: list[Difference], clause: str) -> str:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from sandbox import names
 from sandbox.config import Config
 from sandbox.errors import HostError, SandboxError
+from sandbox.firewall import admit
+from sandbox.firewall.layout import link_name
 from sandbox.host import disk, ids, syscalls
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
@@ -171,6 +173,10 @@ def _undo_folder(_: Config, __: Journal, step: dict[str, str], ___: DestroyConta
     disk.remove_tree(step["name"])
 
 
+def _undo_network(config: Config, _: Journal, step: dict[str, str], __: DestroyContainer) -> None:
+    admit.withdraw(config, link_name(step["name"]), step.get("address", ""))
+
+
 def _undo_nothing(*_: object) -> None:
     """For steps that were an undo themselves."""
 
@@ -184,4 +190,5 @@ _UNDO: dict[str, Undo] = {
     "image": _undo_image,
     "uids": _undo_uids,
     "folder": _undo_folder,
+    "network": _undo_network,
 }

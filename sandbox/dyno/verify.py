@@ -9,14 +9,17 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from sandbox.config import Config
 from sandbox.errors import HostError
+from sandbox.firewall import admit
+from sandbox.firewall.layout import Place
 from sandbox.host import observe
 from sandbox.host.cgroup import Cgroup, shares_to_weight
 from sandbox.host.observe import MountLine
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
 from sandbox.policy.mounts import Mount, Source
-from sandbox.policy.policy import CPU_PERIOD_US, Network
+from sandbox.policy.policy import CPU_PERIOD_US
 from sandbox.policy.spec import UIDS_PER_DYNO, ContainerSpec
 
 # runc and Docker allow mknod of anything (harmless: no CAP_MKNOD, and every mount is nodev) and the tun device,
@@ -42,6 +45,8 @@ class Subject(NamedTuple):
     user_namespace: bool
     pids: tuple[int, ...]
     cgroup: Cgroup
+    config: Config
+    place: Place | None
 
     @property
     def init(self) -> int:
@@ -115,9 +120,8 @@ def _seccomp(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def _namespaces(subject: Subject) -> Iterator[tuple[str, str]]:
-    shared = {"user"} | ({"net"} if subject.spec.policy.network is Network.HOST else set())
     for kind in observe.NAMESPACES:
-        if kind in shared:
+        if kind == "user":
             continue
         host = observe.namespace("self", kind)
         inodes = {observe.namespace(pid, kind) for pid in subject.pids}
@@ -128,11 +132,10 @@ def _namespaces(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def _network(subject: Subject) -> Iterator[tuple[str, str]]:
-    if subject.spec.policy.network is Network.HOST:
-        return
-    interfaces = observe.interfaces(subject.init)
-    if interfaces != ["lo"]:
-        yield "interface lo only", ", ".join(interfaces) or "none readable"
+    if subject.place is None:
+        yield "a place in the network", "none was taken"
+    else:
+        yield from admit.differences(subject.config, subject.place, subject.init)
 
 
 def _mounts(subject: Subject) -> Iterator[tuple[str, str]]:

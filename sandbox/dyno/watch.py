@@ -6,6 +6,7 @@ import gc
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ class Voice(Protocol):
     def event(self, message: str) -> None: ...
 
     def warning(self, message: str) -> None: ...
+
+    def notice(self, part: str, message: str) -> None:
+        """A line of ours about the dyno: ``sandbox[PART]: MESSAGE``."""
 
     def finish(self) -> None: ...
 
@@ -88,12 +92,14 @@ class Watch:
         signals: int,
         on_up: Callable[[], Fetch | None] = lambda: None,
         on_answer: Callable[[bytes], None] = lambda _: None,
+        notices: str = "",
     ) -> None:
         self._engine, self._container, self._attachment = engine, container, attachment
         self._cgroup, self._totals, self._policy = cgroup, totals, policy
         self._wishes, self._voice, self._log, self._signals = wishes, voice, kernel_log, signals
         self._on_up, self._on_answer = on_up, on_answer
         self._fetch: Fetch | None = None
+        self._notices = _listen(notices) if notices else None
         self._begin = time.monotonic()
         self._result = Result()
         self._facts = self._result.facts
@@ -122,6 +128,8 @@ class Watch:
         finally:
             if self._fetch is not None:
                 self._fetch.close()
+            if self._notices is not None:
+                self._notices.close()
             for fd in (pidfd, oom):
                 if fd is not None and fd >= 0:
                     os.close(fd)
@@ -150,6 +158,8 @@ class Watch:
             poller.register(self._wishes.stdin_fd, select.POLLIN)
         if self._fetch is not None:
             poller.register(self._fetch, select.POLLIN)
+        if self._notices is not None and not full:
+            poller.register(self._notices, select.POLLIN)
         wait = max(0.0, min(self._deadlines.values()) - time.monotonic())
         ready = dict(poller.poll(wait * 1000 + 1))
         if self._signals in ready:
@@ -162,9 +172,19 @@ class Watch:
         if oom >= 0 and oom in ready:
             os.read(oom, 4096)
             self._check_oom()
+        if self._notices is not None and self._notices.fileno() in ready:
+            self._tell_notices()
         self._read_answer()
         self._on_deadlines()
         return pidfd in ready
+
+    def _tell_notices(self) -> None:
+        """What the firewall denied this dyno, as it happens."""
+        assert self._notices is not None  # noqa: S101 - only called when it is there
+        try:
+            self._voice.notice("firewall", self._notices.recv(512).decode("utf-8", "replace"))
+        except BlockingIOError:
+            return
 
     def _read_output(self) -> None:
         chunks = self._attachment.receive()
@@ -376,6 +396,18 @@ class Watch:
             ready = dict(poller.poll(100))
             if self._signals in ready and set(os.read(self._signals, 64)) - {signal.SIGWINCH}:
                 self._result.undelivered_bytes = sum(outlet.abandon() for outlet in self._voice.outlets)
+
+
+def _listen(path: str) -> socket.socket:
+    """Where the firewall's guard says what it denied; in a folder that only root may enter."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    # The path of a Unix socket has at most 107 bytes; a folder's descriptor has few.
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+    try:
+        link.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    finally:
+        os.close(folder)
+    return link
 
 
 def _highest(one: Usage, other: Usage) -> Usage:

@@ -63,6 +63,10 @@ class Engine(Protocol):
     def brings_mounts(self) -> bool:
         """Whether the engine mounts the root file system itself, from an image of its own."""
 
+    @property
+    def networked(self) -> bool:
+        """Whether the app uses the interfaces of its network namespace, and not a network stack of the engine's own."""
+
     def version(self) -> str:
         """The engine's and runtime's versions, for people."""
 

@@ -38,6 +38,7 @@ class DockerEngine:
     # dyno an unprivileged uid of its own instead.
     user_namespaces = False
     brings_mounts = True
+    networked = True
 
     def __init__(self, config: Config, runtime: str = "runc") -> None:
         self.runtime = runtime

@@ -47,6 +47,7 @@ class OciEngine:
         self.runtime = runtime
         # runsc makes user namespaces of its own and cannot join ours.
         self.user_namespaces = runtime != "runsc"
+        self.networked = runtime != "runsc"
         self._flags = [f"--root={config.runtime_dir}", *(_GVISOR_FLAGS if runtime == "runsc" else ())]
         self._runtime_path = hostcmd.require(runtime, runtime)
         self._conmon = hostcmd.require("conmon", "conmon")

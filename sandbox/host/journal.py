@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
-Op = Literal["folder", "mount", "layer", "unlayer", "uids", "cgroup", "container", "image"]
+Op = Literal["folder", "mount", "layer", "unlayer", "uids", "cgroup", "container", "image", "network"]
 Step = dict[str, str]
 
 

@@ -87,6 +87,11 @@ def namespace(pid: int | str, kind: str) -> int:
     return int(text.split("[")[1].rstrip("]"))
 
 
+def shares_network(pid: int) -> bool:
+    """Whether the process lives in our own network namespace."""
+    return namespace(pid, "net") == namespace("self", "net")
+
+
 def id_map(pid: int, kind: str) -> list[tuple[int, int, int]]:
     """uid_map or gid_map (``kind``: uid, gid) as (inside, outside, count)."""
     rows = [_numbers(line) for line in _read(f"/proc/{pid}/{kind}_map").splitlines()]

@@ -35,6 +35,7 @@ class Stack(NamedTuple):
     digest: str
     image: str
     manifest: str
+    indexes: tuple[tuple[str, str], ...] = ()  # of the build variant: kind of app, addresses of its package indexes
 
 
 def recipe_dir() -> str:
@@ -49,8 +50,8 @@ def recipe_dir() -> str:
 def recipe_digest(variant: Variant) -> str:
     """The digest of all inputs that are ours: a change of the recipe asks for a new image."""
     digest = hashlib.sha256()
-    for name in ("suite", "epoch", "exclude", "profile", "runtime.packages", "build.packages"):
-        if name == "build.packages" and variant is Variant.RUNTIME:
+    for name in ("suite", "epoch", "exclude", "profile", "runtime.packages", "build.packages", "indexes"):
+        if name in ("build.packages", "indexes") and variant is Variant.RUNTIME:
             continue
         digest.update(_recipe(name).encode() + b"\0")
     return digest.hexdigest()
@@ -66,7 +67,8 @@ def find(config: Config, variant: Variant) -> Stack:
     try:
         with open(index, encoding="utf-8") as file:
             entry = json.load(file)
-        stack = Stack(variant, entry["digest"], entry["image"], entry["manifest"])
+        indexes = tuple((str(kind), str(urls)) for kind, urls in entry.get("indexes", []))
+        stack = Stack(variant, entry["digest"], entry["image"], entry["manifest"], indexes)
         seen = entry["stat"]
     except FileNotFoundError as error:
         raise StackError(f"the {variant.value} stack image is not built yet.", hint="sandbox stack build") from error
@@ -130,6 +132,7 @@ def build(config: Config, variant: Variant, *, progress: Progress) -> Stack:
             timeout_s=1800,
             env=environment,
         )
+        indexes = _indexes(root) if variant is Variant.BUILD else ()
         progress(f"{variant.value} stack: cleaning, and hashing every file")
         _clean(root)
         _normalise(root, epoch)
@@ -155,7 +158,11 @@ def build(config: Config, variant: Variant, *, progress: Progress) -> Stack:
         )
         digest = file_digest(draft)
         stack = Stack(
-            variant, digest, f"{config.stack_dir}/{digest}.squashfs", f"{config.stack_dir}/{digest}.manifest.json"
+            variant,
+            digest,
+            f"{config.stack_dir}/{digest}.squashfs",
+            f"{config.stack_dir}/{digest}.manifest.json",
+            indexes,
         )
         with open(f"{work}/manifest", "wb") as file:
             file.write(manifest)
@@ -233,12 +240,24 @@ def _write_index(config: Config, stack: Stack, recipe: str) -> None:
         "image": stack.image,
         "manifest": stack.manifest,
         "recipe": recipe,
+        "indexes": stack.indexes,
         "stat": identity(stack.image),
     }
     draft = f"{_index(config, stack.variant)}.{os.getpid()}"
     with open(draft, "w", encoding="utf-8") as file:
         json.dump(entry, file)
     os.rename(draft, _index(config, stack.variant))
+
+
+def _indexes(root: str) -> tuple[tuple[str, str], ...]:
+    """What the build tools say of themselves, in the image that was just made from signed packages."""
+    chroot = hostcmd.require("chroot", "coreutils")
+    found = []
+    for line in _lines("indexes"):
+        kind, _, command = line.partition(" ")
+        said = hostcmd.run([chroot, root, "/bin/sh", "-c", command]).stdout.decode("utf-8", "replace")
+        found.append((kind, " ".join(said.split())))
+    return tuple(found)
 
 
 def _clean(root: str) -> None:

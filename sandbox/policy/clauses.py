@@ -40,7 +40,7 @@ _PROMISES = {
     Clause.NO_NEW_PRIVILEGES: "no program can gain rights when it is started",
     Clause.SECCOMP: "every thread runs under a system-call filter",
     Clause.NAMESPACES: "processes, mounts, IPC, host name, network and cgroups are its own",
-    Clause.NETWORK: "its network namespace holds loopback and nothing else",
+    Clause.NETWORK: "reaches what its egress allows through the host firewall, and nothing local",
     Clause.MOUNTS: "sees the planned mounts, with their flags, and no other",
     Clause.DEVICES: "can open harmless devices only",
     Clause.DISK: "what it writes to disk is bounded in bytes and in files",

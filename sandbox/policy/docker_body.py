@@ -8,7 +8,7 @@ from sandbox.policy import mounts, seccomp
 from sandbox.policy.clauses import Clause
 from sandbox.policy.mounts import Source
 from sandbox.policy.oci import Json, bind_source
-from sandbox.policy.policy import CPU_PERIOD_US, Network, Policy
+from sandbox.policy.policy import CPU_PERIOD_US, Policy
 from sandbox.policy.spec import ContainerSpec
 
 LABEL = "sandbox.container"
@@ -56,7 +56,7 @@ def _host_config(spec: ContainerSpec) -> Json:
         "Mounts": binds,
         "Tmpfs": {"/dev/shm": _shm(policy)},
         "ReadonlyRootfs": True,
-        "NetworkMode": "host" if policy.network is Network.HOST else "none",
+        "NetworkMode": "none",  # we wire it ourselves, behind the gate
         "IpcMode": "private",
         "PidMode": "",
         "UTSMode": "",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from sandbox.policy import mounts, seccomp
 from sandbox.policy.clauses import Clause
 from sandbox.policy.mounts import Mount, Source
-from sandbox.policy.policy import CPU_PERIOD_US, Network, Policy
+from sandbox.policy.policy import CPU_PERIOD_US, Policy
 from sandbox.policy.spec import APP_UID, UIDS_PER_DYNO, ContainerSpec
 
 Json = dict[str, object]
@@ -54,9 +54,7 @@ def shim_limits(policy: Policy) -> list[str]:
 
 
 def _namespaces(spec: ContainerSpec) -> list[Json]:
-    kinds: list[Json] = [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "cgroup")]
-    if spec.policy.network is not Network.HOST:
-        kinds.append({"type": "network"})
+    kinds: list[Json] = [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "cgroup", "network")]
     if spec.userns_path:
         kinds.append({"type": "user", "path": spec.userns_path})
     return kinds

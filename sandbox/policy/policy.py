@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from enum import Enum
 from typing import NamedTuple
 
 from sandbox.errors import PolicyError
 from sandbox.policy import mounts, seccomp
 from sandbox.policy.clauses import Clause
-from sandbox.policy.sizes import Size
+from sandbox.policy.egress import NOTHING, Egress
+from sandbox.policy.sizes import Size, Traffic
 from sandbox.units import MIB, format_bytes
 
-VERSION = 1
+VERSION = 2
 CPU_PERIOD_US = 100_000
 MIN_MEMORY_BYTES = 16 * MIB
 OOM_SCORE = 500
-
-
-class Network(Enum):
-    """What the dyno's network namespace holds."""
-
-    LOOPBACK = "loopback"
-    # The host's own. Only for the fetch step of a build, which runs our tools on a checked list and none of the
-    # app's code; no dyno of a customer can ask for it. Goes away with the host firewall.
-    HOST = "host"
 
 
 class Rlimit(NamedTuple):
@@ -53,7 +44,8 @@ class Policy(NamedTuple):
     shm_bytes: int
     shm_inodes: int
     rlimits: tuple[Rlimit, ...]
-    network: Network = Network.LOOPBACK
+    egress: Egress
+    traffic: Traffic
     oom_score: int = OOM_SCORE
     waived: frozenset[Clause] = frozenset()
 
@@ -62,7 +54,7 @@ class Policy(NamedTuple):
 
     def digest(self) -> str:
         """SHA-256 over every value of the policy, the mount plan and the system-call document."""
-        value = self._asdict() | {"network": self.network.value, "waived": sorted(c.value for c in self.waived)}
+        value = self._asdict() | {"egress": self.egress.document(), "waived": sorted(c.value for c in self.waived)}
         plan = [[m.target, m.source.value, m.path, m.read_only, m.exec] for m in mounts.PLAN]
         document = [VERSION, value, plan, mounts.MASKED, mounts.READ_ONLY, mounts.DEVICES, seccomp.document()]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -78,7 +70,7 @@ def make(
     pids: int | None = None,
     disk_bytes: int | None = None,
     waived: frozenset[Clause] = frozenset(),
-    network: Network = Network.LOOPBACK,
+    egress: Egress = NOTHING,
 ) -> Policy:
     """The policy of a size with overrides that only go down.
 
@@ -119,14 +111,15 @@ def make(
         shm_bytes=min(64 * MIB, quota // 4),
         shm_inodes=4096,
         rlimits=_rlimits(processes, disk),
+        egress=egress,
+        traffic=size.traffic,
         waived=waived,
-        network=network,
     )
 
 
-def for_build(size: Size, *, host_memory_bytes: int, swap: bool, network: Network) -> Policy:
+def for_build(size: Size, *, host_memory_bytes: int, swap: bool, egress: Egress = NOTHING) -> Policy:
     """The policy of a build or fetch dyno: the same wall, with more room on disk and no CPU cap."""
-    base = make(size, host_memory_bytes=host_memory_bytes, swap=swap, network=network)
+    base = make(size, host_memory_bytes=host_memory_bytes, swap=swap, egress=egress)
     disk = 4 * 1024 * MIB
     return base._replace(disk_bytes=disk, disk_inodes=262_144, cpu_quota_us=0, rlimits=_rlimits(base.pids_max, disk))
 

@@ -13,6 +13,14 @@ from sandbox.errors import UsageError
 from sandbox.units import GIB, MIB, show
 
 
+class Traffic(NamedTuple):
+    """Bounds on a dyno's network: flows at a time, new ones a second, bytes a second in each direction."""
+
+    flows: int
+    flows_per_s: int
+    bytes_per_s: int
+
+
 class Size(NamedTuple):
     """One dyno size.
 
@@ -28,6 +36,7 @@ class Size(NamedTuple):
     cpus: float
     disk_bytes: int = GIB
     disk_inodes: int = 65536
+    traffic: Traffic = Traffic(1000, 200, 125_000_000)
 
 
 def _table() -> dict[str, Size]:
@@ -51,9 +60,22 @@ def _table() -> dict[str, Size]:
         "performance-2xl": 16,
     }
     return {
-        name: Size(name, *row, disk_bytes=disks.get(name, 1) * GIB, disk_inodes=disks.get(name, 1) * 65536)
+        name: Size(
+            name,
+            *row,
+            disk_bytes=disks.get(name, 1) * GIB,
+            disk_inodes=disks.get(name, 1) * 65536,
+            traffic=_traffic(name),
+        )
         for name, row in rows.items()
     }
+
+
+def _traffic(name: str) -> Traffic:
+    """Heroku states none. A Linux host tracks 262,144 flows by default: no size may take a twentieth of that."""
+    if name == "standard-2x":
+        return Traffic(2000, 400, 250_000_000)
+    return Traffic(10_000, 2000, 1_250_000_000) if name.startswith("performance") else Traffic(1000, 200, 125_000_000)
 
 
 SIZES = _table()

@@ -1,9 +1,8 @@
 """From an app's folder to its slug: staged, built inside a dyno behind the wall, packed, cached by content.
 
 A build has two steps, each a dyno of its own. **Fetch** runs pip or npm of our build stack on a list that was
-checked, with the host's network and nothing of the app: wheels only, no install scripts. **Install** runs the app's
-own build with the fetched packages and no network. The fetch step's use of the host's network ends when the host
-firewall lands.
+checked, through the host firewall and with nothing of the app: wheels only, no install scripts. **Install** runs the
+app's own build with the fetched packages and no network.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from sandbox.host.oom import KernelLog
 from sandbox.host.stack import Stack, Variant
 from sandbox.policy import policy as policies
 from sandbox.policy import sizes
-from sandbox.policy.policy import Network
+from sandbox.policy.egress import NOTHING, Egress
 from sandbox.policy.spec import APP_UID
 from sandbox.supervisor.reclaim import destroy_container
 from sandbox.units import escape
@@ -81,7 +80,7 @@ class Builder:
 
     def _fetch(self, plan: Plan, stack: Stack, work: str) -> str:
         """Runs the fetch dyno; returns the folder with what it fetched."""
-        self._progress(f"fetching {plan.kind.value} packages (the fetch step uses the host's network)")
+        self._progress(f"fetching {plan.kind.value} packages")
         empty = f"{work}/empty"
         os.mkdir(empty, 0o755)
         with open(f"{empty}/.keep", "wb"):
@@ -103,8 +102,21 @@ class Builder:
                 sources.scan(f"{disk}/tmp/depot", copy_to=depot, built=True)
 
         command = f"cd /tmp/fetch && {_FETCH[plan.kind]}"
-        self._run("fetch", command, nothing, stack, Network.HOST, env, fill, take)
+        self._run("fetch", command, nothing, stack, self._reach(plan.kind, stack, env), env, fill, take)
         return depot
+
+    def _reach(self, kind: Kind, stack: Stack, env: dict[str, str]) -> Egress:
+        """The internet, and the package index where the operator's own resolver says it is, even if that is local.
+
+        Which index is asked is the operator's choice, never the app's. An index at a local address opens that
+        address, its port and its name, for this one step.
+        """
+        from sandbox.supervisor import indexes
+
+        found = indexes.egress(self._config, indexes.addresses(kind, stack, env))
+        for name, address in found.pinned:
+            self._progress(f"the package index {escape(name)} is at {address}: this step may reach it")
+        return found
 
     def _install(self, plan: Plan, stack: Stack, packed: Slug, depot: str | None, work: str, key: str) -> Slug:
         self._progress(f"building the {plan.kind.value} app")
@@ -124,7 +136,7 @@ class Builder:
             # Times in a slug are fixed, so byte code must not depend on them.
             compile_all = "python3 -m compileall -q --invalidation-mode unchecked-hash /app/.sandbox"
             command = f"{plan.install} && {{ {compile_all}; true; }}"
-        self._run("build", command, packed, stack, Network.LOOPBACK, {}, fill, take)
+        self._run("build", command, packed, stack, NOTHING, {}, fill, take)
         self._progress("packing the slug")
         return slugs.pack(self._config, built, key)
 
@@ -134,19 +146,15 @@ class Builder:
         command: str,
         slug: Slug,
         stack: Stack,
-        network: Network,
+        egress: Egress,
         env: dict[str, str],
         fill: Callable[[str, int], None],
         take: Callable[[str], None],
     ) -> None:
         """One step in a dyno of its own; ``fill`` and ``take`` see its disk before the start and after the end."""
         policy = policies.for_build(
-            sizes.find(_BUILD_SIZE), host_memory_bytes=self._host.memory_bytes, swap=self._host.swap, network=network
+            sizes.find(_BUILD_SIZE), host_memory_bytes=self._host.memory_bytes, swap=self._host.swap, egress=egress
         )
-        resolv = ""
-        if network is Network.HOST:
-            with open("/etc/resolv.conf", encoding="utf-8", errors="replace") as file:
-                resolv = file.read()
         launch = Launch(
             name=f"{name}.1",
             app=name,
@@ -155,7 +163,6 @@ class Builder:
             slug_image=slug.image,
             command=("/bin/bash", "-c", command),
             env={"HOME": "/tmp/home", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **env},
-            resolv_conf=resolv,
         )
         dyno = Dyno(self._config, self._engine, launch)
         voice = _Lines(name, self._progress)
@@ -216,6 +223,9 @@ class _Lines:
 
     def warning(self, message: str) -> None:
         self.tail = [*self.tail[-29:], escape(message)]
+
+    def notice(self, part: str, message: str) -> None:
+        self.warning(f"sandbox[{part}]: {message}")
 
     def finish(self) -> None:
         self._say(self._framer.flush())

@@ -26,6 +26,7 @@ from sandbox.host.stack import Stack, Variant
 from sandbox.policy import policy as policies
 from sandbox.policy import sizes
 from sandbox.policy.clauses import Clause
+from sandbox.policy.egress import Egress
 from sandbox.policy.policy import Policy
 from sandbox.supervisor import engines
 from sandbox.units import MIB, show
@@ -60,6 +61,8 @@ class Request(NamedTuple):
     grace_s: float = 30.0
     sample_s: float = 20.0
     boot_timeout_s: float = 60.0
+    egress: str = ""  # a mode, or "allow:" and a list; empty: the app's own wish, then public
+    smtp: bool = False
     get: str = ""  # a path: once the web process is up, fetch it from inside, then stop
 
 
@@ -104,6 +107,7 @@ def run(
         _reclaim(config, progress)
     phases.mark("reclaim")
     host = facts.read()
+    source = sources.scan(request.path)
     policy = policies.make(
         sizes.find(request.size),
         host_memory_bytes=host.memory_bytes,
@@ -113,8 +117,8 @@ def run(
         pids=request.pids,
         disk_bytes=request.disk_bytes,
         waived=request.waived,
+        egress=_egress(config, request, source),
     )
-    source = sources.scan(request.path)
     plan = _plan(source, request)
     command, process_type = _command(plan, request)
     if request.get and process_type != "web":
@@ -146,6 +150,7 @@ def run(
         env=_environment(name, process_type, policy, request, plan),
         tty=request.tty,
         stdin=request.stdin_fd >= 0,
+        port=PORT if process_type == "web" else 0,
     )
     dyno = Dyno(config, engine, launch, phases=phases)
     log = KernelLog()
@@ -156,12 +161,11 @@ def run(
         started = dyno.start(meanwhile=lambda: _load(meanwhile))
         voice = make_voice(name)
         voice.event(f"Starting process with command `{words}`")
-        port = PORT if process_type == "web" else 0
-        result = _watch(engine, started, policy, request, voice, log, signals, port)
+        result = _watch(config, engine, dyno, started, request, voice, log, signals)
         phases.mark("run")
         written = dyno.written()
     except ClauseError as error:
-        from sandbox.supervisor.eventlog import record
+        from sandbox.host.eventlog import record
 
         record(
             config,
@@ -219,6 +223,9 @@ def run(
         "disk_written_inodes": written[1],
         "up_after_ms": None if result.up_after_s is None else round(result.up_after_s * 1000, 1),
         "undelivered_bytes": result.undelivered_bytes,
+        "egress": policy.egress.document(),
+        "address": str(dyno.place.address) if dyno.place is not None else None,
+        "url": f"http://{dyno.place.address}:{launch.port}" if dyno.place is not None and launch.port else None,
         "leftovers": leftovers,
         "phases_ms": phases.ms,
     }
@@ -262,17 +269,31 @@ def slug_key(config: Config, source: sources.Source, plan: Plan, runtime: Stack)
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()
 
 
+def _egress(config: Config, request: Request, source: sources.Source) -> Egress:
+    """What the operator asked for on the command line, else what the app asks for, else the internet."""
+    from sandbox.app import appconfig
+    from sandbox.supervisor import egress
+
+    asked = appconfig.read(source)
+    if request.egress:
+        return egress.wish(config, request.egress, smtp=request.smtp)
+    smtp = request.smtp or asked.smtp
+    where = f"{source.path}/{appconfig.FILE}"
+    return egress.make(config, asked.egress or "public", asked.allow, smtp=smtp, where=where)
+
+
 def _watch(
+    config: Config,
     engine: Engine,
+    dyno: Dyno,
     started: Started,
-    policy: Policy,
     request: Request,
     voice: Voice,
     log: KernelLog,
     signals: int,
-    port: int,
 ) -> Result:
     """Watches the dyno to its end."""
+    policy, port = dyno.launch.policy, dyno.launch.port
     from sandbox.dyno.watch import Watch, Wishes
     from sandbox.host.inside import Fetch
 
@@ -287,6 +308,11 @@ def _watch(
             voice.event(f"GET {request.get}: {line}")
         if not answer:
             voice.warning(f"GET {request.get}: no answer within {_GET_TIMEOUT_S} s")
+
+    def up() -> Fetch | None:
+        if dyno.place is not None and engine.networked:
+            voice.event(f"Listening at http://{dyno.place.address}:{port} for this host only")
+        return ask()
 
     try:
         return Watch(
@@ -308,7 +334,8 @@ def _watch(
             voice=voice,
             kernel_log=log,
             signals=signals,
-            on_up=ask,
+            on_up=up,
+            notices=f"{config.dynos_dir}/{dyno.container_id}/firewall" if dyno.place is not None else "",
             on_answer=show,
         ).run()
     finally:

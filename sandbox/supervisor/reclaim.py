@@ -12,6 +12,8 @@ from sandbox.config import Config
 from sandbox.dyno import slot
 from sandbox.engine.base import Engine
 from sandbox.errors import HostError, SandboxError
+from sandbox.firewall import admit, router
+from sandbox.firewall.layout import Layout
 from sandbox.host import cgroup, disk, ids
 from sandbox.host import journal as journals
 from sandbox.host.journal import Journal
@@ -78,7 +80,7 @@ def reclaim(config: Config) -> list[tuple[str, list[str]]]:
         except SandboxError as error:
             failed.append(error.message)
     if done or failed:
-        from sandbox.supervisor.eventlog import record
+        from sandbox.host.eventlog import record
 
         for container_id, undone in done:
             record(config, "reclaimed", id=container_id, undone=undone)
@@ -97,6 +99,7 @@ def sweep(config: Config) -> list[str]:
     """
     groups = {name for path in set(cgroup.Cgroup.at("").paths.values()) for name in _list(path)}
     folders, disks = _list(config.dynos_dir), _list(config.disks_dir)
+    records = router.records(Layout(config))
     drafts = [f"{config.journal_dir}/{name}" for name in _list(config.journal_dir) if name.endswith(".new")]
     known = _known(config)
     removed: list[str] = []
@@ -123,6 +126,10 @@ def sweep(config: Config) -> list[str]:
         if names.is_container_id(container_id, config.host) and container_id not in known:
             os.unlink(f"{config.disks_dir}/{name}")
             removed.append(f"{config.disks_dir}/{name}")
+    for record in records:
+        if record["id"] not in known:
+            admit.withdraw(config, record["link"], record["address"])
+            removed.append(f"address {record['address']}")
     removed += _drafts(config)
     removed += disk.release_unused_layers(config)
     removed += [f"uid range {first}" for first in ids.sweep(config.journal_dir)]

@@ -1,0 +1,347 @@
+"""The resident part of the network wall: one process per instance, which no dyno's life depends on.
+
+It answers names (see ``names``), turns the kernel's log of denied packets into lines, watches the rules on both
+sides of the router and puts back what somebody took away. When it dies, everything stays denied, names stop, and the
+next command starts it again. It ends by itself a while after the last dyno has left, and takes the router with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+
+from sandbox import config as configs
+from sandbox import hostcmd
+from sandbox.config import Config
+from sandbox.errors import HostError, SandboxError
+from sandbox.firewall import names, router
+from sandbox.firewall.layout import LOG_GROUP, UPLINK, Layout
+from sandbox.host import nfnetlink
+from sandbox.host.netlink import Netlink
+from sandbox.host.nfnetlink import LoggedPacket
+from sandbox.host.nft import Nft
+from sandbox.policy.egress import RESOLVER, Denied, Reason
+from sandbox.units import escape
+
+_POLL_S = 1.0
+_SETTLE_S = 0.02
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 58: "icmpv6", 132: "sctp", 136: "udplite"}
+
+
+def start(config: Config) -> None:
+    """Starts the guard unless it lives, and returns when it answers names. Raises HostError."""
+    layout = Layout(config)
+    if alive(layout):
+        return
+    hostcmd.require("dnsmasq", "dnsmasq-base")
+    with router.locked(layout):
+        if not alive(layout):
+            _spawn(config, layout)
+
+
+def _spawn(config: Config, layout: Layout) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        hostcmd.spawn(
+            [
+                *(sys.executable, "-P", "-m", "sandbox.firewall.guard", "--state-dir", config.state_dir),
+                *("--run-dir", config.run_dir, "--ready", str(write_end)),
+            ],
+            log=f"{layout.folder}/guard.log",
+            keep=(write_end,),
+            env={**hostcmd.ENVIRONMENT, **_passed_on(config)},
+        )
+        os.close(write_end)
+        write_end = -1
+        if os.read(read_end, 1) != b"+":
+            raise HostError(
+                "the firewall's guard ended before it was ready: " + _last_line(f"{layout.folder}/guard.log"),
+                hint="sandbox doctor",
+            )
+    finally:
+        os.close(read_end)
+        if write_end >= 0:
+            os.close(write_end)
+
+
+def _passed_on(config: Config) -> dict[str, str]:
+    """The network of the instance, whoever starts the guard."""
+    found = {"SANDBOX_POOL": config.pool}
+    if "SANDBOX_CONFIG" in os.environ:
+        found["SANDBOX_CONFIG"] = os.environ["SANDBOX_CONFIG"]
+    # The package is found the way this process found it.
+    found["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return found
+
+
+def _last_line(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().strip().splitlines()
+    return escape(lines[-1]) if lines else "it said nothing."
+
+
+def alive(layout: Layout) -> bool:
+    """Whether a guard holds its lock; the kernel drops it however the guard ends."""
+    try:
+        fd = os.open(f"{layout.folder}/guard.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def stop(layout: Layout) -> None:
+    """Ends the guard, if it lives, and waits for its end."""
+    try:
+        with open(f"{layout.folder}/guard.lock", encoding="ascii") as file:
+            pid = int(file.read() or 0)
+        pidfd = os.pidfd_open(pid) if pid and alive(layout) else -1
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    if pidfd < 0:
+        return
+    # The lock says that it lives, so the pid is still its own.
+    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    deadline = time.monotonic() + 5.0
+    while alive(layout):
+        if time.monotonic() > deadline:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        time.sleep(0.005)
+    os.close(pidfd)
+
+
+class Guard:
+    """The process. Its main thread stays in the host's network namespace."""
+
+    def __init__(self, config: Config, lock: int) -> None:
+        self._config, self._layout, self._lock = config, Layout(config), lock
+        self._nft_events = nfnetlink.open_events()
+        with router.inside(self._layout):
+            self._inner_events = nfnetlink.open_events()
+            self._log = nfnetlink.open_log(LOG_GROUP)
+            self._inner, nft = Netlink(), Nft()
+            kinds = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
+            sockets = {name: {kind: names.bind(kind, *where) for kind in kinds} for name, where in names.PORTS.items()}
+        self._links: dict[int, str] = {}
+        self._denied_at, self._denied = 0.0, ()  # type: float, tuple[Denied, ...]
+        self._policy = names.Policy(self._layout, nft, self._ranges, lambda: router.inside(self._layout))
+        self._servers = [
+            names.Server(sockets["relay"], names.relay),
+            names.Server(sockets["policy"], self._policy.answer),
+        ]
+        self._dnsmasq: asyncio.subprocess.Process | None = None
+        self._changed: asyncio.Event = asyncio.Event()
+        self._who, self._since = "", 0.0
+        self._empty_since = time.monotonic()
+        self._ended = asyncio.Event()
+
+    def _ranges(self) -> tuple[Denied, ...]:
+        """What is always denied here; the host's addresses among it, looked up once a second."""
+        now = time.monotonic()
+        if now - self._denied_at > _POLL_S:
+            net = Netlink()
+            self._denied, self._denied_at = router.denied(self._layout, net), now
+            net.close()
+        return self._denied
+
+    async def run(self, ready: int) -> None:
+        """Until SIGTERM, or until nobody has needed the router for a minute."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ended.set)
+        for server in self._servers:
+            await server.start()
+        loop.add_reader(self._log, self._on_log)
+        loop.add_reader(self._nft_events, self._on_rules, self._nft_events)
+        loop.add_reader(self._inner_events, self._on_rules, self._inner_events)
+        resolver = asyncio.ensure_future(self._keep_dnsmasq())
+        await self._until_answering()
+        os.write(ready, b"+")
+        os.close(ready)
+        try:
+            while not self._ended.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_S):
+                        await self._changed.wait()
+                # The message that names who did it comes last, and one look serves many changes.
+                await asyncio.sleep(_SETTLE_S)
+                self._look()
+        finally:
+            resolver.cancel()
+            if self._dnsmasq is not None and self._dnsmasq.returncode is None:
+                self._dnsmasq.kill()
+                await self._dnsmasq.wait()
+
+    async def _keep_dnsmasq(self) -> None:
+        """Runs the resolver as nobody, without a capability, in the router; starts it again when it ends."""
+        wrap = [
+            *(hostcmd.require("nsenter", "util-linux"), f"--net={self._layout.netns}"),
+            *(hostcmd.require("setpriv", "util-linux"), "--reuid=65534", "--regid=65534", "--clear-groups"),
+            *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL"),
+        ]
+        program = hostcmd.require("dnsmasq", "dnsmasq-base")
+        while True:
+            self._dnsmasq = await asyncio.create_subprocess_exec(
+                *wrap, *names.dnsmasq(program), env=hostcmd.ENVIRONMENT, stdin=asyncio.subprocess.PIPE
+            )
+            await self._dnsmasq.communicate(names.dnsmasq_config(self._ranges()).encode("ascii"))
+            status = await self._dnsmasq.wait()
+            print(f"the resolver ended with status {status}; it is started again", flush=True)
+            await asyncio.sleep(0.2)
+
+    async def _until_answering(self) -> None:
+        """Dnsmasq answers for ``localhost.`` style names by itself; any answer will do."""
+        query = struct.pack(">6H", 1, 0x100, 1, 0, 0, 0) + b"\7version\4bind\0" + struct.pack(">2H", 16, 3)
+        for _ in range(200):
+            with router.inside(self._layout):
+                link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            with link:
+                link.setblocking(False)
+                link.connect((RESOLVER, 53))
+                with suppress(OSError, TimeoutError):
+                    link.send(query)
+                    async with asyncio.timeout(0.5):
+                        await asyncio.get_running_loop().sock_recv(link, 512)
+                        return
+            await asyncio.sleep(0.01)
+        raise HostError("the resolver does not answer.")
+
+    def _on_rules(self, link: socket.socket) -> None:
+        """Somebody changed rules, here or in the router. Our own changes of elements look the same: one look tells."""
+        with suppress(BlockingIOError):
+            while True:
+                try:
+                    data = link.recv(1 << 18)
+                except OSError as error:
+                    if isinstance(error, BlockingIOError):
+                        raise
+                    data = b""  # more events than fit: look
+                change = nfnetlink.parse_change(data) if data else nfnetlink.Change(rules=True)
+                if change.rules and not self._changed.is_set():
+                    self._since = time.monotonic()
+                    self._changed.set()
+                if self._changed.is_set() and not self._who and change.pid not in (0, os.getpid()):
+                    self._who = f"{escape(change.program)} (pid {change.pid})"
+
+    def _look(self) -> None:
+        """Compares everything with what was made, and puts back what is missing."""
+        noticed = self._changed.is_set()
+        self._changed.clear()
+        since, who = (self._since, self._who) if noticed else (time.monotonic() - _POLL_S, "")
+        self._who = ""
+        live = router.records(self._layout)
+        forwarding = any(record["egress"]["mode"] != "none" for record in live)
+        try:
+            found = router.faults(self._layout, forwarding=forwarding) if noticed or live else []
+            if found:
+                router.ensure(self._config, forwarding=forwarding)
+                names.forget(self._policy)
+                self._record("firewall repaired", what=found, by=who or "unknown", window_ms=_since_ms(since))
+        except (SandboxError, OSError) as error:
+            self._record("firewall not repaired", message=escape(str(error)))
+        if live:
+            self._empty_since = time.monotonic()
+        elif time.monotonic() - self._empty_since > self._config.linger_s:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Nobody needs the router: it goes, unless a dyno came while we looked."""
+        with router.locked(self._layout):
+            if not router.records(self._layout):
+                os.close(self._lock)  # whoever comes next starts a guard of their own
+                router.remove(self._layout)
+                self._ended.set()
+
+    def _on_log(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                try:
+                    data = self._log.recv(1 << 18)
+                except OSError as error:
+                    if isinstance(error, BlockingIOError):
+                        raise
+                    continue  # samples were lost; the counters have them all
+                for packet in nfnetlink.parse_log(data):
+                    self._tell(packet)
+
+    def _tell(self, packet: LoggedPacket) -> None:
+        """One line in the dyno's own stream, if its supervisor listens, and in the firewall's log."""
+        if packet.link not in self._links:
+            self._links = {index: name for name, (index, _) in self._inner.links().items()}
+        link = self._links.get(packet.link, "")
+        record = next((item for item in router.records(self._layout) if item["link"] == link), None)
+        if record is None or link == UPLINK:
+            return
+        text = f"dyno={record['name']} denied {describe(packet.payload)} rule={rule_of(packet.mark)}"
+        path = f"{self._config.dynos_dir}/{record['id']}/firewall"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.setblocking(False)
+            with suppress(OSError):
+                out.sendto(text.encode(), path)
+        self._record("denied", dyno=record["name"], id=record["id"], message=text)
+
+    def _record(self, event: str, **fields: object) -> None:
+        from sandbox.host.eventlog import record
+
+        record(self._config, event, **fields)
+
+
+def rule_of(mark: int) -> str:
+    """The word for a mark."""
+    try:
+        return Reason(mark).rule
+    except ValueError:
+        return str(mark)
+
+
+def describe(payload: bytes) -> str:
+    """``tcp 10.0.0.5:5432`` from the first bytes of a packet, which an app wrote."""
+    if len(payload) >= 20 and payload[0] >> 4 == 4:
+        protocol, address, start = payload[9], socket.inet_ntop(socket.AF_INET, payload[16:20]), (payload[0] & 15) * 4
+    elif len(payload) >= 40 and payload[0] >> 4 == 6:
+        protocol, address, start = payload[6], f"[{socket.inet_ntop(socket.AF_INET6, payload[24:40])}]", 40
+    else:
+        return "something that is no packet"
+    name = PROTOCOLS.get(protocol, str(protocol))
+    port = payload[start + 2 : start + 4] if protocol in (6, 17, 132, 136) else b""
+    return f"{name} {address}" + (f":{int.from_bytes(port)}" if len(port) == 2 else "")
+
+
+def _since_ms(moment: float) -> float:
+    return round((time.monotonic() - moment) * 1000, 1)
+
+
+def main() -> None:
+    """The process that ``start`` makes."""
+    parser = argparse.ArgumentParser()
+    for option in ("--state-dir", "--run-dir"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--ready", type=int, required=True)
+    options = parser.parse_args()
+    config = configs.load(state_dir=options.state_dir, run_dir=options.run_dir)
+    layout = Layout(config)
+    lock = os.open(f"{layout.folder}/guard.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # another one was faster
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    asyncio.run(Guard(config, lock).run(options.ready))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,412 @@
+"""Makes, examines, repairs and removes the router: a network namespace between the dynos and the host.
+
+In a namespace of our own, nobody's ``nft flush ruleset``, firewalld, ufw or Docker on the host reaches our table.
+And should it be lost all the same, routes are in a table that only marked packets are sent to, and only our rules
+mark them: without the rules there is no route from a dyno to anywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from typing import Any
+
+from sandbox.config import Config
+from sandbox.errors import HostError
+from sandbox.firewall import ruleset
+from sandbox.firewall.layout import (
+    GROUP,
+    MARK,
+    OTHER_MAC,
+    ROUTER_MAC,
+    RULE_PRIORITY,
+    TABLE,
+    UPLINK,
+    Layout,
+)
+from sandbox.host import netns
+from sandbox.host import syscalls as sys
+from sandbox.host.netlink import IFF_NOARP, IFF_UP, MAIN, Netlink, Rule
+from sandbox.host.nft import Nft
+from sandbox.policy import egress
+from sandbox.policy.egress import RESOLVER
+
+Json = dict[str, Any]
+_ROUTER_RULES = (Rule(100, TABLE, mark=MARK), Rule(101, TABLE, iif="lo"))
+# In the router, before any link is there. rp_filter looks routes up without the mark and would find none; who may
+# send what is the table's business.
+_ROUTER_SYSCTLS = (
+    *(("ipv6/conf/all/disable_ipv6", "1"), ("ipv6/conf/default/disable_ipv6", "1")),
+    *(("ipv4/conf/all/rp_filter", "0"), ("ipv4/conf/default/rp_filter", "0")),
+    *(("ipv4/conf/all/accept_redirects", "0"), ("ipv4/conf/default/accept_redirects", "0")),
+    *(("ipv4/conf/all/send_redirects", "0"), ("ipv4/conf/default/send_redirects", "0")),
+    *(("ipv4/conf/all/accept_source_route", "0"), ("ipv4/conf/default/accept_source_route", "0")),
+    # The resolver needs no capability to bind port 53 here.
+    *(("ipv4/ip_unprivileged_port_start", "53"), ("ipv4/ip_forward", "1")),
+)
+
+
+@contextmanager
+def locked(layout: Layout, *, shared: bool = False) -> Iterator[None]:
+    """The lock on the router: shared for who uses it, exclusive for who makes, repairs or removes it."""
+    layout.make_folders()
+    fd = os.open(f"{layout.folder}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def standing(layout: Layout) -> bool:
+    """Whether the router's namespace is there."""
+    try:
+        return os.stat(layout.netns).st_dev != os.stat(layout.folder).st_dev
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def inside(layout: Layout) -> Iterator[None]:
+    """The calling thread is in the router's network namespace."""
+    fd = os.open(layout.netns, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with netns.entered(fd):
+            yield
+    finally:
+        os.close(fd)
+
+
+def ensure(config: Config, *, forwarding: bool) -> list[str]:
+    """Makes the router stand, and returns what had to be repaired (nothing, when it stood or is new).
+
+    ``forwarding``: the host must pass packets on; a dyno with egress ``none`` does not need it. Raises HostError;
+    nothing half-made is left behind.
+    """
+    layout = Layout(config)
+    with locked(layout, shared=True):
+        if standing(layout) and os.path.exists(layout.state) and not faults(layout, forwarding=forwarding):
+            return []
+    with locked(layout):
+        if not (standing(layout) and os.path.exists(layout.state)):
+            _take_down(layout)
+            try:
+                _create(layout)
+                _repair(layout, faults(layout, forwarding=forwarding), forwarding=forwarding)
+            except BaseException:
+                _take_down(layout)
+                raise
+            return []
+        found = faults(layout, forwarding=forwarding)
+        _repair(layout, found, forwarding=forwarding)
+        return found
+
+
+def check_pool(layout: Layout, net: Netlink) -> None:
+    """HostError when the host routes anything of the pool elsewhere already; both prefixes are named."""
+    for route in net.routes():
+        prefix = IPv4Network(route.prefix)
+        # A default route, or the two halves that VPNs split it into, covers everything and means nothing.
+        if prefix.prefixlen <= 1 or route.table == layout.route_table or not prefix.overlaps(layout.pool):
+            continue
+        raise HostError(
+            f"the address pool {layout.pool} overlaps {prefix}, which this host routes already.",
+            hint='choose a free private network: pool = "10.213.0.0/16" in /etc/sandbox/config.toml, or SANDBOX_POOL.',
+        )
+
+
+def _create(layout: Layout) -> None:
+    """Everything but what ``_repair`` puts back by itself. The table stands before there is a link."""
+    net = Netlink()
+    check_pool(layout, net)
+    netns.make(layout.netns)
+    fd = os.open(layout.netns, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with netns.entered(fd):
+            for name, value in _ROUTER_SYSCTLS:
+                _sysctl_if_there(name, value)
+            inner, nft = Netlink(), Nft()
+        nft.run(ruleset.router(layout, denied(layout, net)))
+        inner.up(1)
+        inner.address(1, IPv4Interface(f"{RESOLVER}/32"))
+        net.veth(
+            layout.host_link,
+            OTHER_MAC,
+            group=0,
+            peer=UPLINK,
+            peer_mac=ROUTER_MAC,
+            peer_netns=fd,
+            flags=IFF_NOARP,
+        )
+    finally:
+        os.close(fd)
+    _sysctl_if_there(f"ipv6/conf/{layout.host_link}/disable_ipv6", "1")
+    netns.write_sysctl(f"ipv4/conf/{layout.host_link}/forwarding", "1")
+    here, there = net.index(layout.host_link), inner.index(UPLINK)
+    inner.address(there, IPv4Interface(layout.router_address))
+    net.address(here, IPv4Interface(layout.host_address))
+    inner.up(there)
+    net.up(here)
+    inner.neighbour(there, layout.host_address, OTHER_MAC)
+    net.neighbour(here, layout.router_address, ROUTER_MAC)
+    inner.route(f"{layout.host_address}/32", table=TABLE, device=there)
+    inner.route("0.0.0.0/0", table=TABLE, device=there, via=layout.host_address)
+    net.route(f"{layout.router_address}/32", device=here)
+    net.route(f"{layout.router_address}/32", table=layout.route_table, device=here)
+    net.route(
+        str(layout.pool), table=layout.route_table, device=here, via=layout.router_address, source=layout.host_address
+    )
+    # What others on this host send there (a container behind Docker's masquerading, say) has no way; the host's own
+    # packets find the table above first.
+    net.route(str(layout.pool))
+    _write_state(layout, {"router": _router_digest(nft), "hosts": _hosts(layout, net), "sysctls": {}, "host": ""})
+    for item in (nft, inner, net):
+        item.close()
+
+
+def faults(layout: Layout, *, forwarding: bool) -> list[str]:
+    """What is not as it was made, in words; empty when the wall stands. Reads only."""
+    state = read_state(layout)
+    found = []
+    net, host_nft = Netlink(), Nft()
+    with inside(layout):
+        inner, nft = Netlink(), Nft()
+    try:
+        if _router_digest(nft) != state["router"]:
+            found.append("router table")
+        if set(inner.rules()) & set(_ROUTER_RULES) != set(_ROUTER_RULES):
+            found.append("router routing rules")
+        if "host" in state and _host_digest(layout, host_nft) != state["host"]:
+            found.append("host table")
+        if _host_rule(layout) not in net.rules():
+            found.append("host routing rule")
+        if state["hosts"] != _hosts(layout, net):
+            found.append("host addresses")
+        if any(not _accepted(layout, host_nft, chain) for chain in _foreign_chains(host_nft)):
+            found.append("accept in another firewall")
+        if forwarding and _not_forwarding(layout, net):
+            found.append("forwarding")
+        for link, owner, name in ((layout.host_link, net, "host link"), (UPLINK, inner, "router link")):
+            if not owner.links().get(link, (0, 0))[1] & IFF_UP:
+                found.append(name)
+    finally:
+        for item in (nft, host_nft, inner, net):
+            item.close()
+    return found
+
+
+def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
+    """Puts back what is missing, each by one transaction. A lost link cannot be: HostError."""
+    state = read_state(layout)
+    net, host_nft = Netlink(), Nft()
+    with inside(layout):
+        inner, nft = Netlink(), Nft()
+        if "router table" in found or "host addresses" in found:
+            fresh = "".join(f"table {t}\ndelete table {t}\n" for t in (ruleset.TABLE, "arp sandbox"))
+            text = ruleset.router(layout, denied(layout, net))
+            nft.run(fresh + text + "".join(ruleset.add(record_elements(r)) for r in records(layout)))
+            state["router"], state["hosts"] = _router_digest(nft), _hosts(layout, net)
+    try:
+        if "router routing rules" in found or not set(_ROUTER_RULES) <= set(inner.rules()):
+            for rule in _ROUTER_RULES:
+                inner.rule(rule)
+        if "host table" in found:
+            table = f"inet {layout.host_table}"
+            host_nft.run(f"table {table}\ndelete table {table}\n" + ruleset.host(layout))
+            state["host"] = _host_digest(layout, host_nft)
+        net.rule(_host_rule(layout))
+        for family, table, chain in _foreign_chains(host_nft):
+            if not _accepted(layout, host_nft, (family, table, chain)):
+                for direction in ("iifname", "oifname"):
+                    host_nft.run(
+                        f'insert rule {family} {table} {chain} {direction} "{layout.host_link}" counter accept '
+                        f'comment "{_comment(layout)}"'
+                    )
+        if forwarding:
+            for name in _not_forwarding(layout, net):
+                if name != layout.host_link:
+                    state["sysctls"].setdefault(name, "0")
+                    _write_state(layout, state)  # before it is done: it must be undone
+                netns.write_sysctl(f"ipv4/conf/{name}/forwarding", "1")
+        _write_state(layout, state)
+        if "host link" in found or "router link" in found:
+            raise HostError(
+                "the link between host and router is gone; running dynos have no network any more.",
+                hint="stop them, then: sandbox firewall remove",
+            )
+    finally:
+        for item in (nft, host_nft, inner, net):
+            item.close()
+
+
+def remove(layout: Layout) -> None:
+    """Takes the router down and leaves the host as it was. The caller holds the lock and stopped the guard."""
+    _take_down(layout)
+
+
+def _take_down(layout: Layout) -> None:
+    state = read_state(layout) if os.path.exists(layout.state) else {}
+    net, nft = Netlink(), Nft()
+    try:
+        if nft.exists(f"table inet {layout.host_table}"):
+            nft.run(f"delete table inet {layout.host_table}")
+        for family, table, chain in _foreign_chains(nft):
+            for handle in _ours(layout, nft, (family, table, chain)):
+                nft.run(f"delete rule {family} {table} {chain} handle {handle}")
+        net.rule(_host_rule(layout), remove=True)
+        net.remove_link(layout.host_link)
+        for route in net.routes():
+            if route.prefix == str(layout.pool) and route.table == MAIN and not route.device:
+                net.route(str(layout.pool), remove=True)
+        for name, value in state.get("sysctls", {}).items():
+            # Somebody else switched forwarding on for the whole host meanwhile: it is theirs now.
+            if netns.read_sysctl("ipv4/ip_forward") == "0":
+                _sysctl_if_there(f"ipv4/conf/{name}/forwarding", value)
+    finally:
+        nft.close()
+        net.close()
+    try:
+        sys.umount(layout.netns, detach=True)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+    for path in (layout.state, layout.netns):
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+def denied(layout: Layout, net: Netlink) -> tuple[egress.Denied, ...]:
+    """What no dyno of this instance ever reaches: the fixed ranges, the pool, the host's addresses, the operator's."""
+    config = layout.config
+    deny = [egress.parse_network(text, where="deny") for text in config.deny]
+    return egress.denied_ranges(pool=config.pool, hosts=_hosts(layout, net), deny=deny)
+
+
+def _hosts(layout: Layout, net: Netlink) -> list[str]:
+    """Every address of the host, whatever its interface; loopback is a range of its own."""
+    addresses = {address for _, address in net.addresses() if not address.startswith("127.")}
+    return sorted(addresses | {str(layout.host_address)}, key=IPv4Address)
+
+
+def _host_rule(layout: Layout) -> Rule:
+    """Only what the host itself sends finds the way to a dyno."""
+    return Rule(RULE_PRIORITY, layout.route_table, iif="lo", to=str(layout.pool))
+
+
+def _not_forwarding(layout: Layout, net: Netlink) -> list[str]:
+    """The devices that would have to forward and do not: our link, and where the default routes go.
+
+    Not the whole host: it becomes a router for these devices only, and only for our link's flows.
+    """
+    names = {index: name for name, (index, _) in net.links().items()}
+    devices = {names.get(route.device, "") for route in net.routes() if route.prefix == "0.0.0.0/0"}
+    return [
+        name
+        for name in sorted({layout.host_link, *devices} - {""})
+        if netns.read_sysctl(f"ipv4/conf/{name}/forwarding") == "0"
+    ]
+
+
+def _foreign_chains(nft: Nft) -> list[tuple[str, str, str]]:
+    """Other firewalls' forward chains that drop what they do not know: (family, table, chain)."""
+    found = []
+    for item in nft.listing("chains"):
+        chain = item.get("chain", {})
+        if chain.get("hook") != "forward" or chain["family"] not in ("ip", "inet") or "sandbox" in chain["table"]:
+            continue
+        where = (chain["family"], chain["table"], chain["name"])
+        if chain.get("policy") == "drop" or _ends_in_refusal(nft, where):
+            found.append(where)
+    return found
+
+
+def _ends_in_refusal(nft: Nft, where: tuple[str, str, str]) -> bool:
+    """Firewalld's chains have policy accept and a last rule that rejects."""
+    rules = [item["rule"] for item in nft.listing("chain " + " ".join(where)) if "rule" in item]
+    last = rules[-1]["expr"] if rules else []
+    return bool(last) and len(last) == 1 and ("reject" in last[0] or "drop" in last[0])
+
+
+def _comment(layout: Layout) -> str:
+    return f"sandbox {layout.host_link}"
+
+
+def _ours(layout: Layout, nft: Nft, where: tuple[str, str, str]) -> list[int]:
+    rules = (item.get("rule", {}) for item in nft.listing("chain " + " ".join(where)))
+    return [int(rule["handle"]) for rule in rules if rule.get("comment") == _comment(layout)]
+
+
+def _accepted(layout: Layout, nft: Nft, where: tuple[str, str, str]) -> bool:
+    return len(_ours(layout, nft, where)) == 2
+
+
+def _router_digest(nft: Nft) -> str:
+    """Over every rule, chain and set of the router and the denied ranges, without handles and without dynos."""
+    lists = [nft.listing(f"table {ruleset.TABLE}", terse=True), nft.listing("table arp sandbox", terse=True)]
+    return _digest([*lists, nft.listing(f"map {ruleset.TABLE} deny4")])
+
+
+def _host_digest(layout: Layout, nft: Nft) -> str:
+    return _digest(nft.listing(f"table inet {layout.host_table}"))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(_without_handles(value), sort_keys=True).encode()).hexdigest()
+
+
+def _without_handles(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _without_handles(v) for k, v in value.items() if k not in ("handle", "metainfo")}
+    return [_without_handles(item) for item in value] if isinstance(value, list) else value
+
+
+def _sysctl_if_there(name: str, value: str) -> None:
+    try:
+        netns.write_sysctl(name, value)
+    except FileNotFoundError:
+        return  # a kernel without IPv6, or a link that is gone
+
+
+def read_state(layout: Layout) -> Json:
+    """What was found and made when the router was set up."""
+    with open(layout.state, encoding="utf-8") as file:
+        return dict(json.load(file))
+
+
+def _write_state(layout: Layout, state: Json) -> None:
+    draft = f"{layout.state}.new"
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(state, file)
+    os.rename(draft, layout.state)
+
+
+def records(layout: Layout) -> list[Json]:
+    """The record of every admitted dyno."""
+    found = []
+    for name in sorted(os.listdir(layout.records)) if os.path.isdir(layout.records) else []:
+        if name.endswith(".json"):
+            record = read_record(f"{layout.records}/{name}")
+            if record is not None:
+                found.append(record)
+    return found
+
+
+def read_record(path: str) -> Json | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except FileNotFoundError:
+        return None
+
+
+def record_elements(record: Json) -> list[ruleset.Element]:
+    return [ruleset.Element(*item) for item in record["elements"]]
+
+
+__all__ = ["GROUP", "ensure", "faults", "inside", "locked", "records", "remove", "standing"]
