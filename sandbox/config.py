@@ -143,9 +143,9 @@ def _pool(text: str, file: str) -> str:
     except ValueError as error:
         raise UsageError(f"{file}: the pool {show(text)} is not an IPv4 network: {show(str(error))}.") from error
     private = (ipaddress.IPv4Network(net) for net in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
-    if not any(pool.subnet_of(net) for net in private) or not 8 <= pool.prefixlen <= 28:
+    if not any(pool.subnet_of(net) for net in private) or not 8 <= pool.prefixlen <= 29:
         raise UsageError(
-            f"{file}: the pool {pool} must be a private network of /8 to /28.", hint='pool = "172.16.0.0/16"'
+            f"{file}: the pool {pool} must be a private network of /8 to /29.", hint='pool = "172.16.0.0/16"'
         )
     return str(pool)
 

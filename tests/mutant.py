@@ -421,7 +421,7 @@ def ipv6_stays_on() -> None:
     from sandbox.host import netns
 
     original = netns.write_sysctl
-    netns.write_sysctl = lambda name, value: None if "eth0/disable_ipv6" in name else original(name, value)
+    netns.write_sysctl = lambda name, value: original(name, "0" if "eth0/disable_ipv6" in name else value)
     from sandbox.firewall import admit
 
     own = admit._own_side

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -81,6 +82,7 @@ class Dyno:
         self.slot: Slot | None = None
         self.place: Place | None = None
         self._used_at_start = (0, 0)
+        self.notices: socket.socket | None = None  # what the firewall denied, in words
 
     def prepare(self) -> Slot:
         """Takes the slot. Raises HostError; ``close`` cleans up."""
@@ -180,6 +182,7 @@ class Dyno:
                 cgroup.limit_tcp(launch.policy.tcp_max_bytes)
             # Never into the host's own namespace, should an engine have given it: the verdict below names that.
             if self.place is not None and not shares_network(container.pid):
+                self.notices = _listen(f"{slot.folder}/firewall")
                 admit.connect(self._config, self.place, container.pid)
                 self.phases.mark("connect")
             self._verify(spec, container, cgroup)
@@ -225,12 +228,26 @@ class Dyno:
 
     def close(self, destroy: DestroyContainer) -> None:
         """Removes the container and gives the slot back."""
+        if self.notices is not None:
+            self.notices.close()
         if self.slot is not None:
             os.close(self.slot.userns_fd)
         if self._journal is not None:
             slots.give_back(self._config, self._journal, destroy)
             self._journal = None
         self.slot = None
+
+
+def _listen(path: str) -> socket.socket:
+    """Where the firewall's guard says what it denied; in a folder that only root may enter."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    # The path of a Unix socket has at most 107 bytes; a folder's descriptor has few.
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+    try:
+        link.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    finally:
+        os.close(folder)
+    return link
 
 
 def _resolv_conf(policy: Policy) -> str:

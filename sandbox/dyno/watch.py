@@ -92,14 +92,14 @@ class Watch:
         signals: int,
         on_up: Callable[[], Fetch | None] = lambda: None,
         on_answer: Callable[[bytes], None] = lambda _: None,
-        notices: str = "",
+        notices: socket.socket | None = None,
     ) -> None:
         self._engine, self._container, self._attachment = engine, container, attachment
         self._cgroup, self._totals, self._policy = cgroup, totals, policy
         self._wishes, self._voice, self._log, self._signals = wishes, voice, kernel_log, signals
         self._on_up, self._on_answer = on_up, on_answer
         self._fetch: Fetch | None = None
-        self._notices = _listen(notices) if notices else None
+        self._notices = notices
         self._begin = time.monotonic()
         self._result = Result()
         self._facts = self._result.facts
@@ -128,8 +128,6 @@ class Watch:
         finally:
             if self._fetch is not None:
                 self._fetch.close()
-            if self._notices is not None:
-                self._notices.close()
             for fd in (pidfd, oom):
                 if fd is not None and fd >= 0:
                     os.close(fd)
@@ -396,18 +394,6 @@ class Watch:
             ready = dict(poller.poll(100))
             if self._signals in ready and set(os.read(self._signals, 64)) - {signal.SIGWINCH}:
                 self._result.undelivered_bytes = sum(outlet.abandon() for outlet in self._voice.outlets)
-
-
-def _listen(path: str) -> socket.socket:
-    """Where the firewall's guard says what it denied; in a folder that only root may enter."""
-    link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    # The path of a Unix socket has at most 107 bytes; a folder's descriptor has few.
-    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
-    try:
-        link.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
-    finally:
-        os.close(folder)
-    return link
 
 
 def _highest(one: Usage, other: Usage) -> Usage:

@@ -163,14 +163,20 @@ def differences(config: Config, place: Place, pid: int) -> Iterator[tuple[str, s
         return
     with router.inside(layout):
         nft = Nft()
-    for item in router.record_elements(record):
-        try:
-            nft.run(f"get element {ruleset.TABLE} {item.set} {{ {item.key} }}\n")
-        except NftError:
-            yield f"known to the router as {item.set} {item.key}", "unknown"
-    if nft.exists(f"chain {ruleset.TABLE} from_dyno") is False:
-        yield "the router's table", "it is gone"
+    items = router.record_elements(record)
+    try:
+        nft.run("".join(_get(item) for item in items))
+    except NftError:
+        for item in items:
+            try:
+                nft.run(_get(item))
+            except NftError:
+                yield f"known to the router as {item.set} {item.key}", "unknown"
     nft.close()
+
+
+def _get(item: ruleset.Element) -> str:
+    return f"get element {ruleset.TABLE} {item.set} {{ {item.key} }}\n"
 
 
 def _ipv6_addresses() -> list[str]:
@@ -205,11 +211,20 @@ def withdraw(config: Config, link: str, address: str = "") -> None:
                 # flows that a late packet makes now are cut again before the address is lent to anybody else.
                 nfnetlink.cut_flows(int(record["number"]))
                 net.remove_link(link)
-                with suppress(NoSuchTable):
-                    nft.run(ruleset.remove(router.record_elements(record)))
+                _remove(nft, router.record_elements(record))
                 nft.close()
                 net.close()
         os.unlink(layout.record(str(record["address"])))
+
+
+def _remove(nft: Nft, items: list[ruleset.Element]) -> None:
+    """Removes what is there of the elements: all at once, or one by one when a crash or somebody took some away."""
+    try:
+        nft.run(ruleset.remove(items))
+    except NoSuchTable:
+        for item in items:
+            with suppress(NoSuchTable):
+                nft.run(ruleset.remove([item]))
 
 
 def change(config: Config, record: router.Json, egress: Egress) -> None:
@@ -225,8 +240,12 @@ def change(config: Config, record: router.Json, egress: Egress) -> None:
             json.dump({**record, "egress": egress.document(), "elements": items}, file)
         with router.inside(layout):
             nft = Nft()
-            named = _named(nft, link)
-            nft.run(ruleset.remove([*old, *named]) + ruleset.add(items))
+            gone = [*old, *_named(nft, link)]
+            try:
+                nft.run(ruleset.remove(gone) + ruleset.add(items))
+            except NoSuchTable:  # somebody took elements away: the wall was closed for them
+                _remove(nft, gone)
+                nft.run(ruleset.add(items))
             nfnetlink.cut_flows(place.number)
             nft.close()
         os.rename(draft, layout.record(place.address))

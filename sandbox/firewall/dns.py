@@ -106,6 +106,6 @@ def _name(message: bytes, position: int) -> tuple[str, int]:
             raise ValueError("a label that is no text")
         labels.append(label.decode("ascii").lower())
         position += length
-        if len(labels) > _MAX_LABELS or sum(map(len, labels)) > 253:
+        if len(labels) > _MAX_LABELS or len(".".join(labels)) > 253:
             raise ValueError("too long")
     return ".".join(labels), end or position

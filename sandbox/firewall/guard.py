@@ -286,11 +286,14 @@ class Guard:
         if record is None or link == UPLINK:
             return
         text = f"dyno={record['name']} denied {describe(packet.payload)} rule={rule_of(packet.mark)}"
-        path = f"{self._config.dynos_dir}/{record['id']}/firewall"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.setblocking(False)
-            with suppress(OSError):
-                out.sendto(text.encode(), path)
+        # Through a descriptor: the path of a Unix socket has at most 107 bytes.
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            folder = os.open(f"{self._config.dynos_dir}/{record['id']}", os.O_PATH | os.O_CLOEXEC)
+            try:
+                out.setblocking(False)
+                out.sendto(text.encode(), f"/proc/self/fd/{folder}/firewall")
+            finally:
+                os.close(folder)
         self._record("denied", dyno=record["name"], id=record["id"], message=text)
 
     def _record(self, event: str, **fields: object) -> None:

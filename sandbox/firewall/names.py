@@ -221,9 +221,9 @@ class Policy:
             if self._open.get(key, 0.0) >= now + seconds:
                 continue
             self._open[key] = now + seconds
-            element = ruleset.Element("named4", f'"{key[0]}" . {item.address}')
+            element = ruleset.Element("named4", f'"{key[0]}" . {item.address}', f"timeout {seconds}s")
             # A kernel before 6.12 does not prolong an element that is there.
-            text += ruleset.remove([element]) + ruleset.add([element._replace(more=f"timeout {seconds}s")])
+            text += ruleset.replace(element)
         if text:
             self._nft.run(text)
         if len(self._open) > 10_000:

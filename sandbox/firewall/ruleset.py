@@ -266,12 +266,13 @@ def add(items: Iterable[Element], *, table: str = TABLE) -> str:
 
 
 def remove(items: Iterable[Element], *, table: str = TABLE) -> str:
-    """The text that removes the elements, whether they are there or not.
+    """The text that removes the elements; the transaction is refused when one of them is not there."""
+    return "".join(f"delete element {table} {item.set} {{ {item.key} }}\n" for item in items)
 
-    Deleting what is missing would refuse the whole transaction; after an add in the same transaction it never is.
+
+def replace(item: Element, *, table: str = TABLE) -> str:
+    """The text that adds the element anew, with a time of its own, whether it is there or not.
+
+    After an add in the same transaction it is there for certain, so the delete is not refused.
     """
-    return "".join(
-        f"add element {table} {item.set} {{ {item.key} {item.more} }}\n"
-        f"delete element {table} {item.set} {{ {item.key} }}\n"
-        for item in items
-    )
+    return add([item], table=table) + remove([item], table=table) + add([item], table=table)

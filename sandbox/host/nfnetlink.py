@@ -17,7 +17,7 @@ _GROUP_NFTABLES = 7
 _CTNETLINK, _NFTABLES, _ULOG = 1, 10, 4
 _CT_DELETE, _CTA_MARK, _CTA_MARK_MASK = 2, 8, 21
 _ULOG_PACKET, _ULOG_CONFIG = 0, 1
-_CFG_CMD, _CFG_MODE, _CMD_BIND, _COPY_PACKET = 1, 2, 1, 2
+_CFG_CMD, _CFG_MODE, _CFG_THRESHOLD, _CMD_BIND, _COPY_PACKET = 1, 2, 5, 1, 2
 _NFULA_MARK, _NFULA_IFINDEX_IN, _NFULA_PAYLOAD, _ELEMENTS_SET = 2, 4, 9, 2
 # NFT_MSG_NEWSETELEM, NFT_MSG_DELSETELEM; NFT_MSG_NEWGEN comes last and says who.
 _ELEMENTS = (12, 14)
@@ -77,6 +77,8 @@ def open_log(group: int) -> socket.socket:
     commands = (
         _attribute(_CFG_CMD, struct.pack("=Bxxx", _CMD_BIND)),
         _attribute(_CFG_MODE, struct.pack(">IBx", 64, _COPY_PACKET)),
+        # One at a time: by default the kernel collects them for a second.
+        _attribute(_CFG_THRESHOLD, struct.pack(">I", 1)),
     )
     for command in commands:
         link.send(_message(_ULOG, _ULOG_CONFIG, command, group=group))

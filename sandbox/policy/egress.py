@@ -214,12 +214,12 @@ def parse_entry(text: str, *, where: str) -> Network | str:
     if "://" in entry:
         raise PolicyError(f"{where}: {show(entry)} has a scheme.", hint="write the host name alone: api.example.com")
     head, colon, ports = entry.partition(":")
-    if head and set(head) <= set("0123456789./"):
-        return parse_network(entry, where=where)
     if ":" in ports or entry.startswith("["):
         raise PolicyError(
             f"{where}: {show(entry)} is not an IPv4 network.", hint="IPv6 is denied as a whole; name IPv4 networks."
         )
+    if head and set(head) <= set("0123456789./"):
+        return parse_network(entry, where=where)
     if colon:
         raise PolicyError(
             f"{where}: {show(entry)}: ports go with networks, not with names.", hint="write the name alone."

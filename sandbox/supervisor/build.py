@@ -182,6 +182,7 @@ class Builder:
                 voice=voice,
                 kernel_log=log,
                 signals=self._signals,
+                notices=dyno.notices,
             ).run()
             facts = result.facts
             if facts.status != 0 or facts.oom or facts.stopped or facts.timed_out_s is not None:

@@ -161,7 +161,7 @@ def run(
         started = dyno.start(meanwhile=lambda: _load(meanwhile))
         voice = make_voice(name)
         voice.event(f"Starting process with command `{words}`")
-        result = _watch(config, engine, dyno, started, request, voice, log, signals)
+        result = _watch(engine, dyno, started, request, voice, log, signals)
         phases.mark("run")
         written = dyno.written()
     except ClauseError as error:
@@ -283,7 +283,6 @@ def _egress(config: Config, request: Request, source: sources.Source) -> Egress:
 
 
 def _watch(
-    config: Config,
     engine: Engine,
     dyno: Dyno,
     started: Started,
@@ -335,7 +334,7 @@ def _watch(
             kernel_log=log,
             signals=signals,
             on_up=up,
-            notices=f"{config.dynos_dir}/{dyno.container_id}/firewall" if dyno.place is not None else "",
+            notices=dyno.notices,
             on_answer=show,
         ).run()
     finally:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from tests.conftest import EXAMPLES, ROOT, lines
+from tests.world import PUBLIC
 
 
 def test_a_flask_app_under_gunicorn_answers(sandbox, engine):
@@ -101,17 +102,27 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(sandbox, app):
     assert "No matching distribution" in done.err
 
 
-def test_a_build_has_no_network(sandbox, app):
-    """The app's own build script sees loopback and nothing else."""
+def test_a_build_has_no_network(sandbox, app, world):
+    """The app's own build script reaches nobody; what it tries is in the kernel's counters, not at the listener."""
     package = {
         "scripts": {
             "start": "true",
-            "build": "node -e \"console.log(Object.keys(require('os').networkInterfaces()).join())\" > /app/nets",
+            "build": f"(curl -sS -m 2 http://{PUBLIC}:7009; curl -sS -m 2 http://app.example:7009; true) >/app/said 2>&1",
         }
     }
     path = app(**{"package.json": json.dumps(package)})
-    done = sandbox("run", "--raw", "-q", "--engine", "oci", path, "--", "cat", "/app/nets", timeout=200)
-    assert done.out == "lo\n", done
+    world.listeners.add(world.outside, PUBLIC, 7009)
+    world.names.zone["app.example"] = [PUBLIC]
+    done = sandbox("run", "--raw", "-q", "--engine", "oci", path, "--", "cat", "/app/said", timeout=200)
+    assert "timed out" in done.out, done
+    assert "Could not resolve host" in done.out
+    assert world.listeners.count(f"tcp {PUBLIC}:7009") == 0
+    denied = sandbox("firewall", "denied", "--json").json()["denied"]
+    assert ("egress-none", 7009) in {(item["rule"], item["port"]) for item in denied}
+    # The control: the same command in a dyno that may.
+    command = ("curl", "--http0.9", "-sS", "-m", "2", f"http://{PUBLIC}:7009")
+    reached = sandbox("run", "--raw", "-q", "--engine", "oci", path, "--", *command)
+    assert reached.out == "hello\n", reached
 
 
 def test_the_stack_holds_no_setuid_file_and_matches_its_manifest(sandbox):

@@ -64,7 +64,7 @@ class Cell:
     def __init__(
         self, sandbox: Instance, engine: str, *options: str, app: str, process: tuple[str, ...], mutant: str = ""
     ) -> None:
-        self.sandbox = sandbox
+        self.sandbox, self.engine = sandbox, engine
         before = {record["id"] for record in records(sandbox)}
         self.process = sandbox.start(
             "run", "--raw", "-q", "--engine", engine, *options, app, *process, stdin=subprocess.PIPE, mutant=mutant
@@ -194,7 +194,7 @@ def without(
                 router(sandbox, "nft", "delete", "element", "inet", "sandbox", "deny4", "{", item["range"], "}")
         table = f"inet sandbox_{show(sandbox)['link'].removeprefix('sbx-')}"
         for part in host:
-            delete_rules(lambda *words: sandbox.world.host.run(*words), table, part)
+            delete_rules(sandbox.world.host.run, table, part)
         for text in add:
             router(sandbox, "nft", text)
         yield

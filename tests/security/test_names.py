@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,9 +143,9 @@ def test_only_listed_names_resolve_and_no_other_is_forwarded(wall, world, engine
             assert cell(f"result = look_up({name!r}, tcp={tcp})") == [5, [], False], name
     assert world.names.asked[asked:] == [], "a question is a message to whoever owns the name"
     # And there is no other resolver to ask.
-    assert cell(f"result = look_up('app.example', server='{PUBLIC2}')") == "TimeoutError"
+    assert cell("result = look_up('app.example', server='8.8.8.8')") == "TimeoutError"
     assert cell("result = look_up('evil.example', port=5300)") == "TimeoutError"
-    assert ("udp", PUBLIC2, 53, "not-listed") in cell.denied()
+    assert ("udp", "8.8.8.8", 53, "not-listed") in cell.denied()
     cell.close()
 
 
@@ -282,7 +283,7 @@ def test_the_resolver_runs_as_nobody_without_rights(wall):
     pid = subprocess.run(
         ["pgrep", "-P", str(guard_pid(wall)), "-x", "dnsmasq"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    status = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status").read().splitlines())
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     assert set(status["Uid"].split()) == {"65534"}
     assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"].strip() == "1"

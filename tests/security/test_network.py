@@ -136,7 +136,17 @@ def test_the_host_is_denied_on_the_link_and_twice(cells, world, wall):
 
 def test_multicast_and_broadcast_are_denied(cells, world):
     expect_blocked(world, cells[0], [("udp", "224.0.0.251", 5353)], "multicast")
-    expect_blocked(world, cells[0], [("udp", "255.255.255.255", PORT)], "broadcast")
+    # On a link without ARP the kernel addresses a broadcast to nobody; as a frame for everybody it is denied.
+    attacker = cells[0]
+    seen, denied = world.listeners.counts(), attacker.denied()
+    assert attacker.attempt([("udp", "255.255.255.255", PORT)]) == set()
+    frame = f"""{RAW}
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); s.bind(("eth0", 0x800))
+result = s.send(b"\\xff" * 6 + bytes.fromhex("0200000000020800") + packet("{attacker.address}", "255.255.255.255", 17, udp(1, {PORT}, b"x")))
+"""
+    attacker.as_root(frame)
+    assert world.listeners.counts() - seen == {}
+    assert attacker.denied() - denied == {("udp", "255.255.255.255", PORT, "broadcast"): 1}
 
 
 def test_control_without_the_range_multicast_leaves_the_router(cells, wall, world):
@@ -195,6 +205,13 @@ def udp(sport, dport, data): return struct.pack("!HHHH", sport, dport, 8 + len(d
 def send(*packets):
     raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     for target, data in packets: raw.sendto(data, (target, 0))
+def crc32c(data):
+    crc = 0xffffffff
+    for byte in data:
+        crc ^= byte
+        for _ in range(8): crc = crc >> 1 ^ (0x82f63b78 if crc & 1 else 0)
+    return crc ^ 0xffffffff
+init = struct.pack("!HHIIBBHIIHHI", 9, 9, 0, 0, 1, 0, 20, 7, 65536, 1, 1, 7); init = init[:8] + struct.pack("<I", crc32c(init)) + init[12:]
 echo = struct.pack("!BBHHH", 8, 0, 0, 7, 7); echo = echo[:2] + struct.pack("!H", checksum(echo)) + echo[4:]
 """
 
@@ -221,7 +238,10 @@ def test_only_tcp_and_udp_leave(cells, world, wall, protocol):
     attacker = cells[0]
     counts = counter_of(world, protocol)
     denied = attacker.totals()
-    code = f"{RAW}\nresult = send(('{PUBLIC}', packet('{attacker.address}', '{PUBLIC}', {protocol}, echo + bytes(12))))"
+    # Not the same target for both engines: flows of a protocol without ports cannot be told apart behind one address.
+    target = PUBLIC if attacker.engine == "oci" else PUBLIC2
+    payload = "init" if protocol == 132 else "echo + bytes(12)"
+    code = f"{RAW}\nresult = send(('{target}', packet('{attacker.address}', '{target}', {protocol}, {payload})))"
     attacker.as_root(code)
     assert counts() == 0
     assert (attacker.totals() - denied)["protocol"] == 1
@@ -260,20 +280,20 @@ def test_private_addresses_are_denied_to_every_protocol(cells, world):
 
 def test_fragments_are_judged_as_what_they_are_together(cells, world, wall):
     attacker = cells[0]
-    data = "udp(4444, %d, b'x' * 64)" % PORT
-    code = (
-        RAW
-        + """
-whole = %s
-result = send(*[(t, packet('%s', t, 17, p, f, m, i)) for i, t in enumerate(('%s', '%s'), 77) for p, f, m in ((whole[:16], 0, 1), (whole[16:], 16, 0))])
+    code = f"""{RAW}
+whole = udp(4444, {PORT}, b'x' * 64)
+result = send(*[
+    (target, packet("{attacker.address}", target, 17, piece, start, more, ident))
+    for ident, target in enumerate(("{PRIVATE}", "{PUBLIC}"), 77)
+    for piece, start, more in ((whole[:16], 0, 1), (whole[16:], 16, 0))
+])
 """
-    )
     seen, denied = world.listeners.counts(), attacker.denied()
-    attacker.as_root(code % (data, attacker.address, PRIVATE, PUBLIC))
+    attacker.as_root(code)
     wait_for(lambda: (world.listeners.counts() - seen)[f"udp {PUBLIC}:{PORT}"] == 1, 5, "the allowed datagram")
     assert (world.listeners.counts() - seen)[f"udp {PRIVATE}:{PORT}"] == 0
     rose = attacker.denied() - denied
-    assert {key[:2] for key in rose} == {("udp", PRIVATE)}, rose
+    assert {key[:3] for key in rose} == {("udp", PRIVATE, PORT)}, rose
 
 
 def test_a_source_that_is_not_its_own_is_denied(cells, world, wall):
@@ -313,23 +333,19 @@ result = answers
     assert attacker.attempt(targets(PUBLIC)) == set(targets(PUBLIC))
 
 
-def test_control_on_a_plain_link_arp_is_answered(world, tmp_path):
-    """The same question on a veth as others make it."""
-    world.host.run("ip", "link", "add", "arp0", "type", "veth", "peer", "name", "arp1")
-    for device, address in (("arp0", "10.9.9.1/30"), ("arp1", "10.9.9.2/30")):
-        world.host.run("ip", "address", "add", address, "dev", device)
-        world.host.run("ip", "link", "set", device, "up")
-    code = """
+def test_control_on_a_plain_link_arp_is_answered(world):
+    """The same question on a link as others make it."""
+    code = f"""
 import socket, struct
-s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x806)); s.bind(("arp1", 0x806)); s.settimeout(2)
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x806)); s.bind(("eth0", 0x806)); s.settimeout(2)
 mac = bytes.fromhex("02deadbeef01")
-s.send(bytes.fromhex("ffffffffffff") + mac + b"\\x08\\x06" + struct.pack("!HHBBH", 1, 0x800, 6, 4, 1) + mac + socket.inet_aton("10.9.9.3") + bytes(6) + socket.inet_aton("10.9.9.1"))
+s.send(bytes.fromhex("ffffffffffff") + mac + b"\\x08\\x06" + struct.pack("!HHBBH", 1, 0x800, 6, 4, 1)
+    + mac + socket.inet_aton("{HOST}") + bytes(6) + socket.inet_aton("{GATEWAY}"))
 while True:
     data = s.recv(100)
     if data[6:12] != mac: print("answered"); break
 """
     assert world.host.run("python3", "-c", code) == "answered\n"
-    world.host.run("ip", "link", "delete", "arp0")
 
 
 def test_ipv6_has_no_way_out(cells, world):
@@ -621,6 +637,7 @@ result = None
     capped = received()
     assert capped < 60_000 < free, (capped, free)
     assert cell.totals()["bandwidth"] > 0
+    sink.close()
     cell.close()
 
 

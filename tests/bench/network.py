@@ -1,0 +1,268 @@
+"""The network wall in figures: admission, throughput and connection rate beside Docker's bridge, and what 500 cost.
+
+Everything happens in the world of namespaces that the tests use; both paths end at the same listener, and the same
+program sends from a dyno's and from a container's network namespace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sandbox.config import Config
+from sandbox.firewall import admit, guard, router
+from sandbox.firewall.layout import Layout, Place, link_name
+from sandbox.host import syscalls
+from sandbox.policy.egress import Egress
+from sandbox.policy.sizes import Traffic
+from tests.conftest import Instance
+from tests.world import PUBLIC, World
+
+ROUNDS = int(os.environ.get("BENCH_RUNS", "15"))
+POPULATIONS = (1, 100, 2000)
+# The caps of a size are not what is measured here: the largest class of flows, and rates that nobody reaches.
+FREE = Traffic(10_000, 4_000_000_000, 4_000_000_000)
+
+SEND = """
+import socket, sys, time
+data = bytes(1 << 20)
+s = socket.create_connection((sys.argv[1], 7200)); begin = time.monotonic(); sent = 0
+while time.monotonic() - begin < 1.0: sent += s.send(data)
+s.shutdown(socket.SHUT_WR); s.recv(1)
+print(sent / (time.monotonic() - begin))
+"""
+CONNECT = """
+import socket, struct, sys, time
+begin, count = time.monotonic(), 0
+while count < 2000:
+    s = socket.socket(); s.connect((sys.argv[1], 7201))
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)); s.close(); count += 1
+print(count / (time.monotonic() - begin))
+"""
+SINK = """
+import socket, sys, threading
+def sink(c):
+    buffer = bytearray(1 << 20)
+    while c.recv_into(buffer): pass
+    c.send(b"."); c.close()
+def sinks(l):
+    while True: threading.Thread(target=sink, args=(l.accept()[0],), daemon=True).start()
+def closes(l):
+    while True: l.accept()[0].close()
+big, small = socket.create_server((sys.argv[1], 7200)), socket.create_server((sys.argv[1], 7201), backlog=4096)
+threading.Thread(target=sinks, args=(big,), daemon=True).start()
+print("ready", flush=True); closes(small)
+"""
+
+
+class Population:
+    """Network namespaces with a place each, and no process in them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._layout = config, Layout(config)
+        self.members: list[tuple[str, Place, int]] = []
+
+    def add(self) -> tuple[str, Place, int]:
+        """A namespace of its own, wired and admitted."""
+        pid = os.fork()
+        if pid == 0:
+            syscalls.unshare(syscalls.CLONE_NEWNET)
+            os.kill(os.getpid(), 19)  # SIGSTOP: until it is wired
+            os._exit(0)
+        os.waitpid(pid, os.WUNTRACED)
+        fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+        container = f"sbx-{self._config.host}-{os.urandom(4).hex()}"
+        place = admit.lease(self._config, admit.Wish(container, "bench.1", "bench", Egress(), FREE, 5000))
+        admit.connect(self._config, place, pid)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        self.members.append((link_name(container), place, fd))
+        return self.members[-1]
+
+    def grow(self, count: int) -> None:
+        while len(self.members) < count:
+            self.add()
+
+    def time_one(self) -> tuple[float, float]:
+        """Milliseconds to admit and to remove one more dyno whose namespace is there already, and then gone."""
+        pid = os.fork()
+        if pid == 0:
+            syscalls.unshare(syscalls.CLONE_NEWNET)
+            os.kill(os.getpid(), 19)
+            os._exit(0)
+        os.waitpid(pid, os.WUNTRACED)
+        container = f"sbx-{self._config.host}-{os.urandom(4).hex()}"
+        begin = time.perf_counter()
+        place = admit.lease(self._config, admit.Wish(container, "bench.1", "bench", Egress(), FREE, 5000))
+        admit.connect(self._config, place, pid)
+        admitted = time.perf_counter()
+        # As in a dyno's life: its processes end first, and the kernel takes their namespace down meanwhile.
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        ended = time.perf_counter()
+        admit.withdraw(self._config, link_name(container), str(place.address))
+        return (admitted - begin) * 1000, (time.perf_counter() - ended) * 1000
+
+    def clear(self) -> None:
+        for _, _, fd in self.members:
+            os.close(fd)
+        for link, place, _ in self.members:
+            admit.withdraw(self._config, link, str(place.address))
+        self.members.clear()
+
+
+def run_in(fd: int, code: str, address: str) -> float:
+    """Runs a program in a network namespace and returns the number it prints."""
+    done = subprocess.run(
+        ["nsenter", f"--net=/proc/self/fd/{fd}", sys.executable, "-I", "-c", code, address],
+        capture_output=True, text=True, check=True, pass_fds=(fd,),
+    )  # fmt: skip
+    return float(done.stdout)
+
+
+def in_bytes(line: str) -> int:
+    return int(line.split()[1]) * 1024
+
+
+def memory_in_use() -> int:
+    values = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    kernel = sum(int(values[key].split()[0]) for key in ("Slab", "Percpu", "KernelStack"))
+    return kernel * 1024
+
+
+def measure(instance: Instance, world: World, docker_host: str, image: str) -> str:
+    """The section of docs/PERFORMANCE.md. The caller is in the machine's own namespace; the product is not."""
+    environ = instance.environ()
+    os.environ.update({key: environ[key] for key in ("SANDBOX_POOL",) if key in environ})
+    config = Config(str(instance.state), str(instance.run_dir), docker_host, pool=instance.pool or "172.16.0.0/16")
+    config.make_folders()
+    layout = Layout(config)
+    with world.host.entered():
+        router.ensure(config, forwarding=True)
+        guard.start(config)
+    sink = subprocess.Popen(world.outside.argv(sys.executable, "-I", "-c", SINK, PUBLIC), stdout=subprocess.PIPE)
+    sink.stdout.readline()
+    docker = ["docker", "-H", docker_host]
+    container = subprocess.run(
+        [*docker, "run", "-d", "--rm", image, "/bin/sleep", "3600"], capture_output=True, text=True, check=True
+    )
+    name = container.stdout.strip()
+    pid = int(
+        subprocess.run(
+            [*docker, "inspect", "-f", "{{.State.Pid}}", name], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    bridge = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+    population = Population(config)
+    times: dict[int, list[tuple[float, float]]] = {}
+    rates: dict[str, dict[str, list[float]]] = {}
+    costs: tuple[int, float, float] = (0, 0.0, 0.0)
+    with world.host.entered():
+        _, _, dyno = population.add()
+        for count in POPULATIONS:
+            before = memory_in_use()
+            if count == 2000:
+                population.grow(500)
+                time.sleep(1)
+                costs = (memory_in_use() - start_memory, *idle(layout))
+            population.grow(count)
+            start_memory = before if count == 1 else start_memory
+            population.time_one()
+            times[count] = [population.time_one() for _ in range(ROUNDS)]
+            if count != 100:
+                rates[f"dyno, {count} admitted"] = {"throughput": [], "connections": []}
+                reference = rates.setdefault(
+                    "Docker bridge" if count == 1 else "Docker bridge, later", {"throughput": [], "connections": []}
+                )
+                for _ in range(ROUNDS):
+                    for path, fd in ((reference, bridge), (rates[f"dyno, {count} admitted"], dyno)):
+                        path["throughput"].append(run_in(fd, SEND, PUBLIC))
+                        path["connections"].append(run_in(fd, CONNECT, PUBLIC))
+        os.close(bridge)
+        population.clear()
+    subprocess.run([*docker, "kill", name], capture_output=True, check=True)
+    sink.kill()
+    sink.communicate()
+    return render(times, rates, costs)
+
+
+def idle(layout: Layout) -> tuple[float, float]:
+    """Resident MiB of guard and resolver, and their CPU seconds in five idle seconds."""
+    pid = int(Path(f"{layout.folder}/guard.lock").read_text())
+    resolver = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+    def pss(process: int) -> float:
+        return int(Path(f"/proc/{process}/smaps_rollup").read_text().split("\nPss:")[1].split()[0]) / 1024
+
+    def cpu() -> float:
+        fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in (pid, resolver)]
+        return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+    begin = cpu()
+    time.sleep(5)
+    return pss(pid) + pss(resolver), cpu() - begin
+
+
+def render(times: dict, rates: dict, costs: tuple[int, float, float]) -> str:
+    median = statistics.median
+    both = {count: median(a + r for a, r in values) for count, values in times.items()}
+    out = [
+        "## The network wall\n",
+        "In network namespaces of one machine. One dyno more, admitted and removed, beside others that are admitted:\n",
+        "| admitted | admit ms | remove ms | both ms |",
+        "|---|---|---|---|",
+        *(
+            f"| {n} | {median(a for a, _ in v):.1f} | {median(r for _, r in v):.1f} | {both[n]:.1f} |"
+            for n, v in times.items()
+        ),
+        "\nTo a listener beyond the host, from a dyno and from a container on Docker's bridge, in turn, caps lifted:\n",
+        "| from | Gbit/s | new connections/s |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {median(v['throughput']) * 8 / 1e9:.1f} | {median(v['connections']):.0f} |"
+            for name, v in rates.items()
+        ),
+        "\n| target | measured | bound | holds |",
+        "|---|---|---|---|",
+    ]
+
+    def row(what: str, value: float, bound: float, *, most: bool, unit: str = "") -> str:
+        good = value <= bound if most else value >= bound
+        return f"| {what} | {value:.2f}{unit} | {'at most' if most else 'at least'} {bound}{unit} | {'yes' if good else '**no**'} |"
+
+    def ratio(kind: str, one: str, other: str) -> float:
+        return median(a / b for a, b in zip(rates[one][kind], rates[other][kind], strict=True))
+
+    few, many = "dyno, 1 admitted", "dyno, 2000 admitted"
+    out += [
+        row("admit and remove, 2000 admitted", both[2000], 25, most=True, unit=" ms"),
+        row("admit and remove, 2000 × 1 admitted", both[2000] / both[1], 1.25, most=True),
+        row("throughput × Docker bridge", ratio("throughput", few, "Docker bridge"), 0.95, most=False),
+        row("connection rate × Docker bridge", ratio("connections", few, "Docker bridge"), 0.9, most=False),
+    ]
+    for kind in ("throughput", "connections"):
+        # Against the bridge both times: the machine's own speed drifts over the minutes in between.
+        change = ratio(kind, many, "Docker bridge, later") / ratio(kind, few, "Docker bridge")
+        out.append(row(f"{kind}, 2000 × 1 admitted", change, 0.97, most=False))
+    kernel, resident, cpu = costs
+    out += [
+        row(
+            "500 admitted: kernel memory, guard and resolver",
+            kernel / (1 << 20) + resident,
+            100,
+            most=True,
+            unit=" MiB",
+        ),
+        row("500 admitted, idle: CPU of guard and resolver", cpu / 5 * 100, 1, most=True, unit=" %"),
+        f"\nOf the memory, {resident:.0f} MiB are the guard and the resolver, the same for one dyno and for 2,000.",
+        "",
+    ]
+    return "\n".join(out)
+
+
+__all__ = ["json", "measure"]
