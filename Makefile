@@ -10,11 +10,11 @@ export SANDBOX_STATE_DIR := $(STATE)
 # Byte code is written at set-up; a start that compiles takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-HOST_PROGRAMS := runc conmon mksquashfs mmdebstrap mkfs.ext4 setpriv prlimit
-HOST_PACKAGES := runc conmon squashfs-tools mmdebstrap e2fsprogs util-linux ca-certificates
-TEST_PROGRAMS := dockerd docker gcc
+HOST_PROGRAMS := runc conmon mksquashfs mmdebstrap mkfs.ext4 setpriv prlimit nsenter nft dnsmasq
+HOST_PACKAGES := runc conmon squashfs-tools mmdebstrap e2fsprogs util-linux ca-certificates nftables dnsmasq-base
+TEST_PROGRAMS := dockerd docker gcc ip ss iptables conntrack sysctl pgrep
 # Since Debian 13 the client is a package of its own.
-TEST_PACKAGES := docker.io gcc libc6-dev $$(apt-cache show docker-cli >/dev/null 2>&1 && echo docker-cli)
+TEST_PACKAGES := docker.io gcc libc6-dev iproute2 iptables conntrack procps $$(apt-cache show docker-cli >/dev/null 2>&1 && echo docker-cli)
 
 .PHONY: run setup setup-test host stack venv test check unit root security bench clean install help
 

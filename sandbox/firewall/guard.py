@@ -24,7 +24,7 @@ from sandbox.config import Config
 from sandbox.errors import HostError, SandboxError
 from sandbox.firewall import names, router
 from sandbox.firewall.layout import LOG_GROUP, UPLINK, Layout
-from sandbox.host import nfnetlink
+from sandbox.host import netlink, nfnetlink, observe
 from sandbox.host.netlink import Netlink
 from sandbox.host.nfnetlink import LoggedPacket
 from sandbox.host.nft import Nft
@@ -129,8 +129,10 @@ class Guard:
     def __init__(self, config: Config, lock: int) -> None:
         self._config, self._layout, self._lock = config, Layout(config), lock
         self._nft_events = nfnetlink.open_events()
+        self._routing = [netlink.open_events(netlink.RULES | netlink.ADDRESSES)]
         with router.inside(self._layout):
             self._inner_events = nfnetlink.open_events()
+            self._routing.append(netlink.open_events(netlink.RULES))
             self._log = nfnetlink.open_log(LOG_GROUP)
             self._inner, nft = Netlink(), Nft()
             kinds = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
@@ -167,6 +169,8 @@ class Guard:
         loop.add_reader(self._log, self._on_log)
         loop.add_reader(self._nft_events, self._on_rules, self._nft_events)
         loop.add_reader(self._inner_events, self._on_rules, self._inner_events)
+        for link in self._routing:
+            loop.add_reader(link, self._on_routing, link)
         resolver = asyncio.ensure_future(self._keep_dnsmasq())
         await self._until_answering()
         os.write(ready, b"+")
@@ -235,6 +239,23 @@ class Guard:
                     self._changed.set()
                 if self._changed.is_set() and not self._who and change.pid not in (0, os.getpid()):
                     self._who = f"{escape(change.program)} (pid {change.pid})"
+
+    def _on_routing(self, link: socket.socket) -> None:
+        """A routing rule or an address changed. The message has the number of the socket that asked: often a pid."""
+        with suppress(BlockingIOError):
+            while True:
+                try:
+                    data = link.recv(1 << 16)
+                except OSError as error:
+                    if isinstance(error, BlockingIOError):
+                        raise
+                    data = bytes(16)
+                if not self._changed.is_set():
+                    self._since = time.monotonic()
+                    self._changed.set()
+                pid = int.from_bytes(data[12:16], sys.byteorder)
+                if pid and not self._who:
+                    self._who = f"{_program(pid)} (pid {pid})"
 
     def _look(self) -> None:
         """Compares everything with what was made, and puts back what is missing."""
@@ -321,6 +342,14 @@ def describe(payload: bytes) -> str:
     name = PROTOCOLS.get(protocol, str(protocol))
     port = payload[start + 2 : start + 4] if protocol in (6, 17, 132, 136) else b""
     return f"{name} {address}" + (f":{int.from_bytes(port)}" if len(port) == 2 else "")
+
+
+def _program(pid: int) -> str:
+    """The name of a process that may be gone already."""
+    try:
+        return escape(observe.name(pid))
+    except SandboxError:
+        return "a process that has ended"
 
 
 def _since_ms(moment: float) -> float:

@@ -15,8 +15,10 @@ import psutil
 from sandbox import hostcmd
 from sandbox.config import Config
 from sandbox.errors import HostError, SandboxError
-from sandbox.host import cgroup, facts, stack, syscalls
+from sandbox.host import cgroup, facts, netns, stack, syscalls
 from sandbox.host.cgroup import Cgroup
+from sandbox.host.netlink import Netlink
+from sandbox.host.nft import Nft
 from sandbox.units import GIB, format_bytes
 
 
@@ -92,6 +94,9 @@ def _programs(_: Config) -> Iterator[Finding]:
         "mmdebstrap": "mmdebstrap",
         "mksquashfs": "squashfs-tools",
         "mkfs.ext4": "e2fsprogs",
+        "nft": "nftables",
+        "dnsmasq": "dnsmasq-base",
+        "nsenter": "util-linux",
         "setpriv": "util-linux",
         "prlimit": "util-linux",
     }
@@ -106,11 +111,64 @@ def _programs(_: Config) -> Iterator[Finding]:
         )
 
 
-def _nftables(_: Config) -> Iterator[Finding]:
-    path = hostcmd.which("nft")
-    verdict = Verdict.ADVICE if path is None else Verdict.OK
-    evidence = path or "not found; needed once dynos get a network, not before"
-    yield Finding("programs", verdict, "nft", evidence, "apt-get install nftables" if path is None else "")
+# What the network wall is made of, in one small table: keys of several fields, a limit per element, a routing lookup.
+_TRIAL = """
+table inet trial {
+  set places { type ifname . ipv4_addr . inet_proto . inet_service; flags interval; counter; }
+  set rates { type ifname; limit rate over 1/second; elements = { "eth0" limit rate over 5/second } }
+  set counted { type ifname; flags dynamic; }
+  map reasons { type ipv4_addr : mark; flags interval; elements = { 10.0.0.0/8 : 4 } }
+  chain input {
+    type filter hook prerouting priority raw; policy accept;
+    meta mark set ip daddr map @reasons drop
+    fib daddr type local counter
+    iifname @rates add @counted { iifname ct count over 10 } log group 5 drop
+  }
+}
+"""
+
+
+def _network(config: Config) -> Iterator[Finding]:
+    """Tries the wall's parts in a network namespace of its own: the host's rules are not touched."""
+    base = config.run_dir if os.path.isdir(config.run_dir) else "/run"
+    scratch = tempfile.mkdtemp(prefix="doctor-", dir=base)
+    try:
+        netns.make(f"{scratch}/netns")
+        fd = os.open(f"{scratch}/netns", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with netns.entered(fd):
+                nft, net = Nft(), Netlink()
+            nft.run(_TRIAL)
+            yield Finding("network", Verdict.OK, "nftables", "a table like the wall's was loaded in a namespace")
+            net.veth("try0", bytes(6), group=91, peer="try1", peer_mac=bytes(6), peer_netns=fd, flags=0)
+            yield Finding("network", Verdict.OK, "veth links and interface groups", "a pair was made in a namespace")
+            nft.close()
+            net.close()
+        finally:
+            os.close(fd)
+            syscalls.umount(f"{scratch}/netns", detach=True)
+    except (HostError, OSError) as error:
+        said = error.message if isinstance(error, HostError) else str(error)
+        yield Finding("network", Verdict.MISSING, "the network wall", said, "apt-get install nftables")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    legacy = _read_if_there("/proc/net/ip_tables_names").split()
+    if legacy:
+        yield Finding(
+            "network",
+            Verdict.ADVICE,
+            "iptables-legacy has tables, which nftables does not see",
+            f"/proc/net/ip_tables_names: {', '.join(legacy)}; a FORWARD policy of DROP there cuts every dyno's egress",
+            "update-alternatives --set iptables /usr/sbin/iptables-nft",
+        )
+
+
+def _read_if_there(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def _runtimes(_: Config) -> Iterator[Finding]:
@@ -327,7 +385,7 @@ Check = Callable[[Config], Iterator[Finding]]
 _CHECKS: tuple[Check, ...] = (
     _privilege,
     _programs,
-    _nftables,
+    _network,
     _runtimes,
     _docker,
     _cgroups,

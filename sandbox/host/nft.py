@@ -64,8 +64,11 @@ class Nft:
         said = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode("utf-8", "replace")
         if status != 0:
             kind = NoSuchTable if "No such file" in said else NftError
+            reason = escape(said.strip().splitlines()[0]) if said.strip() else "it gives no reason"
+            if "Too many open files in system" in said:  # ENFILE, in nftables' sense
+                reason = "a set is full."
             raise kind(
-                f"nftables refused a change: {escape(said.strip().splitlines()[0] if said.strip() else 'no reason')}",
+                f"nftables refused a change: {reason}",
                 hint="sandbox doctor",
                 details=escape(said),
             )

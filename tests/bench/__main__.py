@@ -16,22 +16,23 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench import network
 from tests.conftest import ROOT, Instance, census, default_state, make_instance, unmount_below, wait_for
+from tests.world import World
 
 RUNS = int(os.environ.get("BENCH_RUNS", "15"))
 BIN = Path(sys.executable).parent
 TARGETS = {"oci": 0.5, "docker": 1.25, "help": 3.0}
 
 
-def docker_daemon(base: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A daemon of our own, as the tests have it."""
+def docker_daemon(base: Path, world: World) -> tuple[subprocess.Popen[bytes], str]:
+    """A daemon of our own, with its bridge and its iptables, in the namespace that plays the host."""
     base.mkdir()
     host = f"unix://{base}/docker.sock"
     log = (base / "log").open("wb")
     daemon = subprocess.Popen(
         [
-            "dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", host, "-p", str(base / "pid"),
-            "--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false",
+            *world.host.argv(), "dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", host, "-p", str(base / "pid"),
         ],
         stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
@@ -53,10 +54,13 @@ def measure(instance: Instance, app: str, image: str) -> dict[str, list[float]]:
         **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
         "SANDBOX_STATE_DIR": str(instance.state), "SANDBOX_RUN_DIR": str(instance.run_dir), "SANDBOX_DOCKER_HOST": instance.docker_host,
     }  # fmt: skip
-    sandbox = [str(BIN / "sandbox"), "run", "--raw", "-q"]
+    if instance.pool:
+        env["SANDBOX_POOL"] = instance.pool
+    here = instance.world.host.argv()
+    sandbox = [*here, str(BIN / "sandbox"), "run", "--raw", "-q"]
     commands = {
         "docker run": [
-            "docker", "-H", instance.docker_host, "run", "--rm", "--network=none", "--memory=1g", "--memory-swap=1g", "--pids-limit=256",
+            *here, "docker", "-H", instance.docker_host, "run", "--rm", "--network=none", "--memory=1g", "--memory-swap=1g", "--pids-limit=256",
             "--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--user=1000:1000", image, "/bin/true",
         ],
         "sandbox run, embedded engine": [*sandbox, "--engine", "oci", app, "--", "/bin/true"],
@@ -162,8 +166,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sbb-") as folder:
         base = Path(folder)
         base.chmod(0o711)
+        world = World(base / "world")
         assert (default_state() / "stack").exists(), "make setup comes first"
-        daemon, host = docker_daemon(base / "docker")
+        daemon, host = docker_daemon(base / "docker", world)
         try:
             instance = make_instance(base, "bench", host)
             app = base / "app"
@@ -186,12 +191,15 @@ def main() -> None:
             )
             versions = f"runtime {json.loads(versions)[0].split(';')[0]}; Docker {server.stdout.strip()}"
             text = render(times, phases(instance, str(app)), memory(instance, str(app)), versions)
+            text += "\n" + network.measure(instance, world, host, image)
+            instance.remove_network()
             left = census(instance)
             assert left == [], left
         finally:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(30)
             unmount_below(base)
+            world.__exit__()
     print(text)
     (ROOT / "docs" / "PERFORMANCE.md").write_text(text)
 

@@ -6,7 +6,6 @@ program sends from a dyno's and from a container's network namespace.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -125,10 +124,6 @@ def run_in(fd: int, code: str, address: str) -> float:
     return float(done.stdout)
 
 
-def in_bytes(line: str) -> int:
-    return int(line.split()[1]) * 1024
-
-
 def memory_in_use() -> int:
     values = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     kernel = sum(int(values[key].split()[0]) for key in ("Slab", "Percpu", "KernelStack"))
@@ -162,16 +157,15 @@ def measure(instance: Instance, world: World, docker_host: str, image: str) -> s
     times: dict[int, list[tuple[float, float]]] = {}
     rates: dict[str, dict[str, list[float]]] = {}
     costs: tuple[int, float, float] = (0, 0.0, 0.0)
+    start_memory = memory_in_use()
     with world.host.entered():
         _, _, dyno = population.add()
         for count in POPULATIONS:
-            before = memory_in_use()
             if count == 2000:
                 population.grow(500)
                 time.sleep(1)
                 costs = (memory_in_use() - start_memory, *idle(layout))
             population.grow(count)
-            start_memory = before if count == 1 else start_memory
             population.time_one()
             times[count] = [population.time_one() for _ in range(ROUNDS)]
             if count != 100:
@@ -263,6 +257,3 @@ def render(times: dict, rates: dict, costs: tuple[int, float, float]) -> str:
         "",
     ]
     return "\n".join(out)
-
-
-__all__ = ["json", "measure"]

@@ -58,6 +58,9 @@ def attempt(targets, wait=0.8, bind=None):
 """
 
 
+OPEN: list[Cell] = []
+
+
 class Cell:
     """A live dyno that runs what it is told."""
 
@@ -69,6 +72,7 @@ class Cell:
         self.process = sandbox.start(
             "run", "--raw", "-q", "--engine", engine, *options, app, *process, stdin=subprocess.PIPE, mutant=mutant
         )
+        OPEN.append(self)
         line = self.process.stdout.readline()
         assert line == b"ready\n", (line, self.process.communicate())
         self.record = next((record for record in records(sandbox) if record["id"] not in before), {})
@@ -128,7 +132,9 @@ class Cell:
         return Counter({t["rule"]: t["packets"] for t in document["totals"]})
 
     def close(self) -> None:
-        self.process.communicate(timeout=60)
+        if self in OPEN:
+            OPEN.remove(self)
+            self.process.communicate(timeout=60)
 
 
 def records(sandbox: Instance) -> list[dict]:
