@@ -5,8 +5,12 @@ The rules never grow: a dyno is a handful of set elements. What the order of the
 - raw prerouting, before connection tracking: who sends (nobody but the owner of an address), where to (never
   anything local). A refused flood costs no connection-tracking entry. A packet that passes gets a mark, and only
   marked packets are routed: when this table is lost, nothing is forwarded any more.
-- forward, for the first packet of a flow: the app's own mode and list, then its rates. An established flow is not
-  asked again, so a connection outlives the DNS answer that opened it.
+- forward, for the first packet of a flow: the denied ranges once more, then the app's own mode and list, then its
+  rates. An established flow is not asked again, so a connection outlives the DNS answer that opened it.
+
+The ranges are looked up twice because a change of the table is not atomic for a packet that is on its way: the kernel
+chooses the rules when the packet enters a hook, and the elements at each lookup. A packet between two generations
+found the old rules and no ranges (seen once, in a test that floods during repairs); it does not find that twice.
 """
 
 from __future__ import annotations
@@ -149,6 +153,8 @@ table {TABLE} {{
     ct state established,related accept
     ct state invalid counter drop
     ip daddr {host} {_mark(Reason.HOST)}
+    meta l4proto {{ tcp, udp }} iifname . ip daddr . meta l4proto . th dport @permit4 goto rates
+    meta mark set ip daddr map @deny4 goto deny
     iifname @public goto rates
     meta l4proto {{ tcp, udp }} iifname . ip daddr . meta l4proto . th dport @allow4 goto rates
     iifname . ip daddr @named4 goto rates

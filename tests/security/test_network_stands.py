@@ -472,11 +472,12 @@ def test_beside_a_real_docker_and_its_restart(home, world, quiet, tmp_path):
     base.mkdir(exist_ok=True)
 
     def daemon():
-        log = (base / "log").open("wb")
-        process = subprocess.Popen(
-            world.host.argv("dockerd", "--data-root", str(base / "data"), "--exec-root", str(base / "exec"), "-H", f"unix://{base}/docker.sock", "-p", str(base / "pid")),
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+        command = (
+            *("dockerd", "--data-root", f"{base}/data", "--exec-root", f"{base}/exec"),
+            *("-H", f"unix://{base}/docker.sock", "-p", f"{base}/pid"),
+        )
+        with (base / "log").open("wb") as log:
+            process = subprocess.Popen(world.host.argv(*command), stdout=log, stderr=log, start_new_session=True)
         wait_for(lambda: b"API listen" in (base / "log").read_bytes(), 60, "dockerd")
         return process
 
