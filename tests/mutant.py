@@ -390,8 +390,8 @@ def veth_gone() -> None:
 
     connect = admit.connect
 
-    def connected(config, place, pid):
-        connect(config, place, pid)
+    def connected(config, place, namespace):
+        connect(config, place, namespace)
         layout = admit.Layout(config)
         with router.inside(layout):
             net = Netlink()
@@ -407,8 +407,8 @@ def no_source_element() -> None:
 
     connect = admit.connect
 
-    def connected(config, place, pid):
-        connect(config, place, pid)
+    def connected(config, place, namespace):
+        connect(config, place, namespace)
         layout = admit.Layout(config)
         record = router.read_record(layout.record(place.address))
         with router.inside(layout):

@@ -183,7 +183,7 @@ class Dyno:
             # Never into the host's own namespace, should an engine have given it: the verdict below names that.
             if self.place is not None and not shares_network(container.pid):
                 self.notices = _listen(f"{slot.folder}/firewall")
-                admit.connect(self._config, self.place, container.pid)
+                admit.connect(self._config, self.place, f"/proc/{container.pid}/ns/net")
                 self.phases.mark("connect")
             self._verify(spec, container, cgroup)
             self.phases.mark("verify")

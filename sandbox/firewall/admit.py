@@ -87,13 +87,13 @@ def _unused(layout: Layout) -> Iterator[int]:
     yield from (n for n in layout.numbers() if f"{IPv4Address(base + 4 * n + 2)}.json" not in taken)
 
 
-def connect(config: Config, place: Place, pid: int) -> None:
-    """Wires the network namespace of the process ``pid`` to the router and admits it. Raises HostError, OSError."""
+def connect(config: Config, place: Place, namespace: str) -> None:
+    """Wires the network namespace at that path to the router and admits it. Raises HostError, OSError."""
     layout = Layout(config)
     record = router.read_record(layout.record(place.address))
     if record is None:
         raise HostError(f"the record of {place.address} is gone.", hint="start it again.")
-    with os_open(f"/proc/{pid}/ns/net") as dyno:
+    with os_open(namespace) as dyno:
         with router.locked(layout, shared=True):
             with router.inside(layout):
                 net, nft = Netlink(), Nft()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sandbox.config import Config
-from sandbox.firewall import guard, router, ruleset
+from sandbox.firewall import router, ruleset
 from sandbox.firewall.layout import MARK, RULE_PRIORITY, Layout
 from sandbox.host.netlink import Netlink
 from sandbox.host.nft import Nft
@@ -38,7 +38,7 @@ def document(config: Config) -> dict[str, Any]:
     return {
         "standing": True,
         "faults": faults,
-        "guard": guard.alive(layout),
+        "guard": router.guarded(layout),
         "pool": str(layout.pool),
         "host_address": str(layout.host_address),
         "link": layout.host_link,

@@ -23,7 +23,7 @@ from sandbox import hostcmd
 from sandbox.config import Config
 from sandbox.errors import HostError, SandboxError
 from sandbox.firewall import names, router
-from sandbox.firewall.layout import LOG_GROUP, UPLINK, Layout
+from sandbox.firewall.layout import LOG_GROUP, Layout
 from sandbox.host import netlink, nfnetlink, observe
 from sandbox.host.netlink import Netlink
 from sandbox.host.nfnetlink import LoggedPacket
@@ -39,11 +39,11 @@ PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 58: "icmpv6"
 def start(config: Config) -> None:
     """Starts the guard unless it lives, and returns when it answers names. Raises HostError."""
     layout = Layout(config)
-    if alive(layout):
+    if router.guarded(layout):
         return
     hostcmd.require("dnsmasq", "dnsmasq-base")
     with router.locked(layout):
-        if not alive(layout):
+        if not router.guarded(layout):
             _spawn(config, layout)
 
 
@@ -88,27 +88,12 @@ def _last_line(path: str) -> str:
     return escape(lines[-1]) if lines else "it said nothing."
 
 
-def alive(layout: Layout) -> bool:
-    """Whether a guard holds its lock; the kernel drops it however the guard ends."""
-    try:
-        fd = os.open(f"{layout.folder}/guard.lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
 def stop(layout: Layout) -> None:
     """Ends the guard, if it lives, and waits for its end."""
     try:
         with open(f"{layout.folder}/guard.lock", encoding="ascii") as file:
             pid = int(file.read() or 0)
-        pidfd = os.pidfd_open(pid) if pid and alive(layout) else -1
+        pidfd = os.pidfd_open(pid) if pid and router.guarded(layout) else -1
     except (FileNotFoundError, ProcessLookupError):
         return
     if pidfd < 0:
@@ -116,7 +101,7 @@ def stop(layout: Layout) -> None:
     # The lock says that it lives, so the pid is still its own.
     signal.pidfd_send_signal(pidfd, signal.SIGTERM)
     deadline = time.monotonic() + 5.0
-    while alive(layout):
+    while router.guarded(layout):
         if time.monotonic() > deadline:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         time.sleep(0.005)
@@ -129,7 +114,7 @@ class Guard:
     def __init__(self, config: Config, lock: int) -> None:
         self._config, self._layout, self._lock = config, Layout(config), lock
         self._nft_events = nfnetlink.open_events()
-        self._routing = [netlink.open_events(netlink.RULES | netlink.ADDRESSES)]
+        self._routing = [netlink.open_events(netlink.RULES | netlink.ADDRESSES | netlink.ROUTES)]
         with router.inside(self._layout):
             self._inner_events = nfnetlink.open_events()
             self._routing.append(netlink.open_events(netlink.RULES))
@@ -137,13 +122,11 @@ class Guard:
             self._inner, nft = Netlink(), Nft()
             kinds = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
             sockets = {name: {kind: names.bind(kind, *where) for kind in kinds} for name, where in names.PORTS.items()}
-        self._links: dict[int, str] = {}
+        self._dynos: dict[int, router.Json] = {}
         self._denied_at, self._denied = 0.0, ()  # type: float, tuple[Denied, ...]
         self._policy = names.Policy(self._layout, nft, self._ranges, lambda: router.inside(self._layout))
-        self._servers = [
-            names.Server(sockets["relay"], names.relay),
-            names.Server(sockets["policy"], self._policy.answer),
-        ]
+        answers = {"relay": names.relay, "policy": self._policy.answer}
+        self._servers = [names.Server(name, sockets[name], answer) for name, answer in answers.items()]
         self._dnsmasq: asyncio.subprocess.Process | None = None
         self._changed: asyncio.Event = asyncio.Event()
         self._who, self._since = "", 0.0
@@ -258,19 +241,21 @@ class Guard:
                     self._who = f"{_program(pid)} (pid {pid})"
 
     def _look(self) -> None:
-        """Compares everything with what was made, and puts back what is missing."""
+        """Compares everything with what was made, and puts back what is missing.
+
+        Changes of rules, routes and addresses come as events; only of a sysctl the kernel says nothing.
+        """
         noticed = self._changed.is_set()
         self._changed.clear()
         since, who = (self._since, self._who) if noticed else (time.monotonic() - _POLL_S, "")
         self._who = ""
-        live = router.records(self._layout)
-        forwarding = any(record["egress"]["mode"] != "none" for record in live)
+        live = any(name.endswith(".json") for name in os.listdir(self._layout.records))
         try:
-            found = router.faults(self._layout, forwarding=forwarding) if noticed or live else []
-            if found:
-                router.ensure(self._config, forwarding=forwarding)
-                names.forget(self._policy)
-                self._record("firewall repaired", what=found, by=who or "unknown", window_ms=_since_ms(since))
+            if noticed or (live and router.stopped_forwarding(self._layout)):
+                wanted = live and router.read_state(self._layout)["forwarding"]
+                if router.faults(self._layout, forwarding=wanted):
+                    router.repair(self._config, forwarding=wanted, by=who or "unknown", since=since)
+                    names.forget(self._policy)
         except (SandboxError, OSError) as error:
             self._record("firewall not repaired", message=escape(str(error)))
         if live:
@@ -300,11 +285,13 @@ class Guard:
 
     def _tell(self, packet: LoggedPacket) -> None:
         """One line in the dyno's own stream, if its supervisor listens, and in the firewall's log."""
-        if packet.link not in self._links:
-            self._links = {index: name for name, (index, _) in self._inner.links().items()}
-        link = self._links.get(packet.link, "")
-        record = next((item for item in router.records(self._layout) if item["link"] == link), None)
-        if record is None or link == UPLINK:
+        record = self._dynos.get(packet.link)
+        if record is None:
+            by_link = {item["link"]: item for item in router.records(self._layout)}
+            links = self._inner.links()
+            self._dynos = {index: by_link[name] for name, (index, _) in links.items() if name in by_link}
+            record = self._dynos.get(packet.link)
+        if record is None:
             return
         text = f"dyno={record['name']} denied {describe(packet.payload)} rule={rule_of(packet.mark)}"
         # Through a descriptor: the path of a Unix socket has at most 107 bytes.
@@ -350,10 +337,6 @@ def _program(pid: int) -> str:
         return escape(observe.name(pid))
     except SandboxError:
         return "a process that has ended"
-
-
-def _since_ms(moment: float) -> float:
-    return round((time.monotonic() - moment) * 1000, 1)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 
@@ -25,9 +26,13 @@ from sandbox.host.nft import Nft, NftError
 from sandbox.policy import egress
 from sandbox.policy.egress import RESOLVER, Denied
 
-_TIMEOUT_S = 5.0
-_MOST_IN_FLIGHT = 512
-_MOST_CONNECTIONS = 32
+_TIMEOUT_S = 2.0  # for one server; the second one gets as long
+_MOST_SERVERS = 2
+# Every question holds a descriptor, and nftables' library knows the first 1,024: the sum stays well below. A dyno may
+# ask 50 times a second, so even one that asks for names that nobody answers leaves room for others.
+_MOST_IN_FLIGHT = {"relay": 400, "policy": 150}
+_MOST_OF_ONE = {"relay": 400, "policy": 30}
+_MOST_CONNECTIONS, _MOST_CONNECTIONS_OF_ONE = 40, 4
 # An app connects a moment after it was told an address. Longer than an hour is nobody's need.
 GRACE_S, LONGEST_S = 2, 3600
 _MOST_OPEN = 1000  # addresses that names may open for one dyno: the set is shared
@@ -53,17 +58,20 @@ def host_resolvers(path: str = "/etc/resolv.conf") -> list[str]:
             words = [line.split() for line in file]
     except OSError:
         return []
-    return [line[1].partition("%")[0] for line in words if len(line) > 1 and line[0] == "nameserver"][:3]
+    return [line[1].partition("%")[0] for line in words if len(line) > 1 and line[0] == "nameserver"][:_MOST_SERVERS]
 
 
 class Server:
     """Answers one address, datagrams and connections alike, a bounded number at a time."""
 
-    def __init__(self, sockets: dict[socket.SocketKind, socket.socket], answer: Answer) -> None:
+    def __init__(self, name: str, sockets: dict[socket.SocketKind, socket.socket], answer: Answer) -> None:
+        self._most, self._most_of_one = _MOST_IN_FLIGHT[name], _MOST_OF_ONE[name]
+        self._connections_of_one = _MOST_CONNECTIONS if name == "relay" else _MOST_CONNECTIONS_OF_ONE
         self._datagrams, self._stream = sockets[socket.SOCK_DGRAM], sockets[socket.SOCK_STREAM]
         self._answer = answer
         self._tasks: set[asyncio.Task[None]] = set()
-        self._connections = 0
+        self._asking: Counter[str] = Counter()
+        self._connected: Counter[str] = Counter()
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -76,7 +84,8 @@ class Server:
                 query, sender = self._datagrams.recvfrom(4096)
             except (BlockingIOError, ConnectionError):
                 return
-            if len(self._tasks) < _MOST_IN_FLIGHT:
+            if len(self._tasks) < self._most and self._asking[sender[0]] < self._most_of_one:
+                self._asking[sender[0]] += 1
                 task = asyncio.ensure_future(self._one(query, sender))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -86,16 +95,20 @@ class Server:
             answer = await self._answer(query, sender[0])
             if answer is not None:
                 self._datagrams.sendto(_fitting(query, answer), sender)
+        self._asking[sender[0]] -= 1
+        if not self._asking[sender[0]]:
+            del self._asking[sender[0]]
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
+        sender = str(writer.get_extra_info("peername")[0])
+        self._connected[sender] += 1
         try:
-            if self._connections > _MOST_CONNECTIONS:
+            if self._connected.total() > _MOST_CONNECTIONS or self._connected[sender] > self._connections_of_one:
                 return
-            async with asyncio.timeout(2 * _TIMEOUT_S):
+            async with asyncio.timeout(3 * _TIMEOUT_S):
                 while True:
                     query = await reader.readexactly(int.from_bytes(await reader.readexactly(2)))
-                    answer = await self._answer(query, writer.get_extra_info("peername")[0])
+                    answer = await self._answer(query, sender)
                     if answer is None:
                         return
                     writer.write(len(answer).to_bytes(2) + answer)
@@ -103,7 +116,9 @@ class Server:
         except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
             return
         finally:
-            self._connections -= 1
+            self._connected[sender] -= 1
+            if not self._connected[sender]:
+                del self._connected[sender]
             writer.close()
 
 
@@ -173,6 +188,8 @@ class Policy:
             if record is None:
                 return None
             known = self._records[sender] = (changed, record)
+            # Another dyno, or another policy: what names opened before is closed again.
+            self._open = {key: until for key, until in self._open.items() if key[0] != record["link"]}
         return known[1]
 
     async def answer(self, query: bytes, sender: str) -> bytes | None:
@@ -204,7 +221,7 @@ class Policy:
             link.setblocking(False)
             await loop.sock_connect(link, (RESOLVER, 53))
             await loop.sock_sendall(link, query)
-            async with asyncio.timeout(2 * _TIMEOUT_S):
+            async with asyncio.timeout(_MOST_SERVERS * _TIMEOUT_S + 1):
                 return await loop.sock_recv(link, 65536)
 
     def _admit(self, record: Json, found: list[dns.Address]) -> None:
@@ -247,7 +264,7 @@ def dnsmasq_config(denied: Iterable[Denied]) -> str:
     """
     lines = [
         *("no-hosts", "no-resolv", "no-poll", "pid-file", "user=", "group=", "bind-interfaces", "domain-needed"),
-        *("bogus-priv", "stop-dns-rebind", "filter-AAAA", "cache-size=2000", "dns-forward-max=300"),
+        *("bogus-priv", "stop-dns-rebind", "filter-AAAA", "cache-size=2000", "dns-forward-max=400"),
         *("edns-packet-max=1232", f"max-ttl={LONGEST_S}", f"listen-address={RESOLVER}"),
         f"server=127.0.0.1#{RELAY_PORT}",
         *(f"bogus-nxdomain={network}" for network in egress.prefixes(denied)),

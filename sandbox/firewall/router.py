@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -72,6 +73,21 @@ def standing(layout: Layout) -> bool:
         return False
 
 
+def guarded(layout: Layout) -> bool:
+    """Whether a guard holds its lock; the kernel drops it however the guard ends."""
+    try:
+        fd = os.open(f"{layout.folder}/guard.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 @contextmanager
 def inside(layout: Layout) -> Iterator[None]:
     """The calling thread is in the router's network namespace."""
@@ -91,8 +107,21 @@ def ensure(config: Config, *, forwarding: bool) -> list[str]:
     """
     layout = Layout(config)
     with locked(layout, shared=True):
-        if standing(layout) and os.path.exists(layout.state) and not faults(layout, forwarding=forwarding):
-            return []
+        if standing(layout) and os.path.exists(layout.state):
+            # A living guard has seen every change there was, and repairs on its own.
+            if guarded(layout) and (read_state(layout)["forwarding"] or not forwarding):
+                return []
+            if not faults(layout, forwarding=forwarding):
+                return []
+    return repair(config, forwarding=forwarding)
+
+
+def repair(config: Config, *, forwarding: bool, by: str = "unknown", since: float | None = None) -> list[str]:
+    """Puts back whatever is missing and writes down what it was; makes the router when there is none.
+
+    ``by``: who took it away, ``since``: the moment on the monotonic clock when that was noticed, for the record.
+    """
+    layout = Layout(config)
     with locked(layout):
         if not (standing(layout) and os.path.exists(layout.state)):
             _take_down(layout)
@@ -105,7 +134,14 @@ def ensure(config: Config, *, forwarding: bool) -> list[str]:
             return []
         found = faults(layout, forwarding=forwarding)
         _repair(layout, found, forwarding=forwarding)
-        return found
+    # Forwarding that was never needed before is no loss.
+    lost = [fault for fault in found if fault != "forwarding" or by != "unknown" or since is not None]
+    if lost:
+        from sandbox.host.eventlog import record
+
+        window = None if since is None else round((time.monotonic() - since) * 1000, 1)
+        record(config, "firewall repaired", what=lost, by=by, window_ms=window)
+    return found
 
 
 def check_pool(layout: Layout, net: Netlink) -> None:
@@ -165,7 +201,10 @@ def _create(layout: Layout) -> None:
     # What others on this host send there (a container behind Docker's masquerading, say) has no way; the host's own
     # packets find the table above first.
     net.route(str(layout.pool))
-    _write_state(layout, {"router": _router_digest(nft), "hosts": _hosts(layout, net), "sysctls": {}, "host": ""})
+    _write_state(
+        layout,
+        {"router": _router_digest(nft), "hosts": _hosts(layout, net), "sysctls": {}, "host": "", "forwarding": False},
+    )
     for item in (nft, inner, net):
         item.close()
 
@@ -229,6 +268,7 @@ def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
                         f'comment "{_comment(layout)}"'
                     )
         if forwarding:
+            state["forwarding"] = True
             for name in _not_forwarding(layout, net):
                 if name != layout.host_link:
                     state["sysctls"].setdefault(name, "0")
@@ -311,6 +351,20 @@ def _not_forwarding(layout: Layout, net: Netlink) -> list[str]:
         for name in sorted({layout.host_link, *devices} - {""})
         if netns.read_sysctl(f"ipv4/conf/{name}/forwarding") == "0"
     ]
+
+
+def stopped_forwarding(layout: Layout) -> bool:
+    """Whether a device that has to forward does not any more: a few file reads, cheap enough for every second."""
+    state = read_state(layout)
+    if not state["forwarding"]:
+        return False
+    for name in (layout.host_link, *state["sysctls"]):
+        try:
+            if netns.read_sysctl(f"ipv4/conf/{name}/forwarding") == "0":
+                return True
+        except FileNotFoundError:
+            continue  # a device that went away
+    return False
 
 
 def _foreign_chains(nft: Nft) -> list[tuple[str, str, str]]:

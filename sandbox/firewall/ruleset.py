@@ -25,7 +25,7 @@ from sandbox.policy.sizes import SIZES, Traffic
 
 TABLE = "inet sandbox"
 FLOWS = sorted({size.traffic.flows for size in SIZES.values()})
-_DNS_RATE = "limit rate over 50/second burst 200 packets"
+_DNS_RATE = "limit rate over 50/second burst 100 packets"
 
 
 def _mark(reason: Reason) -> str:

@@ -28,7 +28,8 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 7, 15
 _NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 1, 3, 6, 10, 15, 16
 MAIN = 254
-RULES, ADDRESSES = 1 << 7, 1 << 4  # RTNLGRP_IPV4_RULE, RTNLGRP_IPV4_IFADDR as a mask for bind
+# RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, as masks for bind.
+ADDRESSES, ROUTES, RULES = 1 << 4, 1 << 6, 1 << 7
 _UNICAST, _UNREACHABLE, _SCOPE_LINK, _SCOPE_UNIVERSE, _PROTO_STATIC = 1, 7, 253, 0, 4
 
 
@@ -71,7 +72,7 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def open_events(groups: int) -> socket.socket:
-    """A socket that hears of changes in the caller's network namespace: RULES, ADDRESSES."""
+    """A socket that hears of changes in the caller's network namespace: ADDRESSES, ROUTES, RULES."""
     link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
     link.bind((0, groups))
     link.setblocking(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,63 +61,59 @@ print("ready", flush=True); closes(small)
 """
 
 
+def namespace() -> int:
+    """A network namespace with no process in it; its descriptor is out of the way of select(2), which knows 1,024."""
+    pid = os.fork()
+    if pid == 0:
+        syscalls.unshare(syscalls.CLONE_NEWNET)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(pid, os.WUNTRACED)
+    low = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+    fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3000)
+    os.close(low)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return fd
+
+
 class Population:
-    """Network namespaces with a place each, and no process in them."""
+    """Network namespaces, each with a place in the network."""
 
     def __init__(self, config: Config) -> None:
-        self._config, self._layout = config, Layout(config)
-        self.members: list[tuple[str, Place, int]] = []
+        self._config = config
+        self.spaces: list[int] = []
+        self.admitted: list[tuple[str, Place]] = []
 
-    def add(self) -> tuple[str, Place, int]:
-        """A namespace of its own, wired and admitted."""
-        pid = os.fork()
-        if pid == 0:
-            syscalls.unshare(syscalls.CLONE_NEWNET)
-            os.kill(os.getpid(), 19)  # SIGSTOP: until it is wired
-            os._exit(0)
-        os.waitpid(pid, os.WUNTRACED)
-        low = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
-        # Out of the way: nftables' library waits with select(2), which knows 1,024 descriptors.
-        fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3000)
-        os.close(low)
+    def _admit(self, fd: int) -> tuple[str, Place]:
         container = f"sbx-{self._config.host}-{os.urandom(4).hex()}"
         place = admit.lease(self._config, admit.Wish(container, "bench.1", "bench", Egress(), FREE, 5000))
-        admit.connect(self._config, place, pid)
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-        self.members.append((link_name(container), place, fd))
-        return self.members[-1]
+        admit.connect(self._config, place, f"/proc/self/fd/{fd}")
+        return link_name(container), place
+
+    def make(self, count: int) -> None:
+        """Only the namespaces: a container has one whether it has a network or not."""
+        while len(self.spaces) < count:
+            self.spaces.append(namespace())
 
     def grow(self, count: int) -> None:
-        while len(self.members) < count:
-            self.add()
+        self.make(count)
+        while len(self.admitted) < count:
+            self.admitted.append(self._admit(self.spaces[len(self.admitted)]))
 
-    def time_one(self) -> tuple[float, float]:
-        """Milliseconds to admit and to remove one more dyno whose namespace is there already, and then gone."""
-        pid = os.fork()
-        if pid == 0:
-            syscalls.unshare(syscalls.CLONE_NEWNET)
-            os.kill(os.getpid(), 19)
-            os._exit(0)
-        os.waitpid(pid, os.WUNTRACED)
-        container = f"sbx-{self._config.host}-{os.urandom(4).hex()}"
+    def time_one(self, fd: int) -> tuple[float, float]:
+        """Milliseconds to admit one more, and to remove it again."""
         begin = time.perf_counter()
-        place = admit.lease(self._config, admit.Wish(container, "bench.1", "bench", Egress(), FREE, 5000))
-        admit.connect(self._config, place, pid)
+        link, place = self._admit(fd)
         admitted = time.perf_counter()
-        # As in a dyno's life: its processes end first, and the kernel takes their namespace down meanwhile.
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-        ended = time.perf_counter()
-        admit.withdraw(self._config, link_name(container), str(place.address))
-        return (admitted - begin) * 1000, (time.perf_counter() - ended) * 1000
+        admit.withdraw(self._config, link, str(place.address))
+        return (admitted - begin) * 1000, (time.perf_counter() - admitted) * 1000
 
     def clear(self) -> None:
-        for _, _, fd in self.members:
+        for fd in self.spaces:
             os.close(fd)
-        for link, place, _ in self.members:
+        for link, place in self.admitted:
             admit.withdraw(self._config, link, str(place.address))
-        self.members.clear()
 
 
 def run_in(fd: int, code: str, address: str) -> float:
@@ -160,33 +157,44 @@ def measure(instance: Instance, world: World, docker_host: str, image: str) -> s
     population = Population(config)
     times: dict[int, list[tuple[float, float]]] = {}
     rates: dict[str, dict[str, list[float]]] = {}
-    costs: tuple[int, float, float] = (0, 0.0, 0.0)
-    start_memory = memory_in_use()
-    with world.host.entered():
-        _, _, dyno = population.add()
-        for count in POPULATIONS:
-            if count == 2000:
-                population.grow(500)
-                time.sleep(1)
-                costs = (memory_in_use() - start_memory, *idle(layout))
-            population.grow(count)
-            population.time_one()
-            times[count] = [population.time_one() for _ in range(ROUNDS)]
-            if count != 100:
-                rates[f"dyno, {count} admitted"] = {"throughput": [], "connections": []}
-                reference = rates.setdefault(
-                    "Docker bridge" if count == 1 else "Docker bridge, later", {"throughput": [], "connections": []}
-                )
-                for _ in range(ROUNDS):
-                    for path, fd in ((reference, bridge), (rates[f"dyno, {count} admitted"], dyno)):
-                        path["throughput"].append(run_in(fd, SEND, PUBLIC))
-                        path["connections"].append(run_in(fd, CONNECT, PUBLIC))
+    costs = (0.0, 0.0, 0.0)
+    try:
+        with world.host.entered():
+            spare = namespace()
+            for count in POPULATIONS:
+                if count == 2000:
+                    population.make(count)
+                    time.sleep(1)
+                    before, already = memory_in_use(), len(population.admitted)
+                    population.grow(500)
+                    time.sleep(1)
+                    grown = (memory_in_use() - before) * 500 / (500 - already)
+                    costs = (grown, *idle(layout))
+                population.grow(count)
+                population.time_one(spare)
+                times[count] = [population.time_one(spare) for _ in range(ROUNDS)]
+                if count != 100:
+                    rates |= paths(count, bridge, population.spaces[0])
+            os.close(spare)
+    finally:
+        with world.host.entered():
+            population.clear()
         os.close(bridge)
-        population.clear()
-    subprocess.run([*docker, "kill", name], capture_output=True, check=True)
-    sink.kill()
-    sink.communicate()
+        sink.kill()
+        sink.communicate()
+        subprocess.run([*docker, "kill", name], capture_output=True, check=False)
     return render(times, rates, costs)
+
+
+def paths(count: int, bridge: int, dyno: int) -> dict[str, dict[str, list[float]]]:
+    """Throughput and connection rate of both paths, in turn."""
+    ours, theirs = f"dyno, {count} admitted", "Docker bridge" if count == 1 else "Docker bridge, later"
+    found: dict[str, dict[str, list[float]]] = {name: {"throughput": [], "connections": []} for name in (theirs, ours)}
+    for _ in range(ROUNDS):
+        for name, fd in ((theirs, bridge), (ours, dyno)):
+            found[name]["throughput"].append(run_in(fd, SEND, PUBLIC))
+            found[name]["connections"].append(run_in(fd, CONNECT, PUBLIC))
+    return found
 
 
 def idle(layout: Layout) -> tuple[float, float]:
@@ -206,7 +214,7 @@ def idle(layout: Layout) -> tuple[float, float]:
     return pss(pid) + pss(resolver), cpu() - begin
 
 
-def render(times: dict, rates: dict, costs: tuple[int, float, float]) -> str:
+def render(times: dict, rates: dict, costs: tuple[float, float, float]) -> str:
     median = statistics.median
     both = {count: median(a + r for a, r in values) for count, values in times.items()}
     out = [
@@ -250,7 +258,7 @@ def render(times: dict, rates: dict, costs: tuple[int, float, float]) -> str:
     kernel, resident, cpu = costs
     out += [
         row(
-            "500 admitted: kernel memory, guard and resolver",
+            "500 admitted: kernel memory beside their bare namespaces, guard and resolver",
             kernel / (1 << 20) + resident,
             100,
             most=True,

@@ -217,7 +217,7 @@ try:
 except TimeoutError: pass
 result = got
 """
-    assert cell(code) <= 320
+    assert cell(code) <= 180
     assert cell.totals()["dns-rate"] > 1000
     cell.close()
 

@@ -43,7 +43,7 @@ def wall(home, docker_host, world):
     from tests.conftest import make_instance
 
     instance = make_instance(home, "wall", docker_host)
-    instance.pool = "172.16.0.0/16"
+    instance.pool = "172.20.0.0/16"
     instance.config = str(home / "wall.toml")
     Path(instance.config).write_text(f'deny = ["{OPERATOR}/32"]\npermit = ["{SHARED}/32:{PORT}"]\n')
     for address in DECOYS:
@@ -665,20 +665,42 @@ s = socket.socket(); s.setblocking(False); s.connect_ex(("{PRIVATE}", 5432)); ti
 
 
 def test_the_number_of_rules_does_not_depend_on_dynos(wall, engine):
-    def rules() -> int:
-        return sum(
-            " # handle " in line and "{" not in line
-            for line in router(wall, "nft", "-a", "-t", "list", "ruleset").splitlines()
-        )
-
-    before = rules()
-    cells_ = [
-        Cell(wall, engine, "--egress", e, app=SHELL, process=COMMAND) for e in ("public", "none", f"allow:{PUBLIC}/32")
-    ]
-    assert rules() == before > 20
-    for cell in cells_:
+    before = rules_of(wall)
+    wishes = ("public", "none", f"allow:{PUBLIC}/32")
+    admitted = [Cell(wall, engine, "--egress", wish, app=SHELL, process=COMMAND) for wish in wishes]
+    assert rules_of(wall) == before > 20
+    for cell in admitted:
         cell.close()
-    assert rules() == before
+    assert rules_of(wall) == before
+
+
+def test_two_thousand_dynos_have_the_rules_of_one(wall, cells, world):
+    from sandbox.config import Config
+    from sandbox.firewall import ruleset
+    from sandbox.firewall.layout import Layout
+    from sandbox.policy import egress, sizes
+
+    layout, traffic = Layout(Config(str(wall.state), str(wall.run_dir), pool=wall.pool)), sizes.find("1x").traffic
+    wishes = [egress.Egress(), egress.NOTHING, egress.make("allow", [f"{PUBLIC}/32:443", "app.example"])]
+    crowd = [
+        item
+        for n in range(2000)
+        for item in ruleset.elements(f"crowd{n}", layout.place(8000 + n), wishes[n % 3], traffic, 5000 * (n % 2))
+    ]
+    before = rules_of(wall)
+    router(wall, "nft", "-f", "-", stdin=ruleset.add(crowd))
+    try:
+        assert rules_of(wall) == before
+        assert len(router(wall, "nft", "list", "set", "inet", "sandbox", "src4").splitlines()) > 1900
+        assert cells[0].attempt(targets(PUBLIC)) == set(targets(PUBLIC))
+        expect_blocked(world, cells[0], targets(PRIVATE), "private")
+    finally:
+        router(wall, "nft", "-f", "-", stdin=ruleset.remove(crowd))
+
+
+def rules_of(wall) -> int:
+    listing = router(wall, "nft", "-a", "-t", "list", "ruleset")
+    return sum(" # handle " in line and "{" not in line for line in listing.splitlines())
 
 
 def test_the_wall_is_explained(wall, cells):

@@ -302,10 +302,13 @@ def test_the_next_command_repairs_when_there_is_no_guard(wall, world):
     time.sleep(0.1)
     world.host.run("nft", "flush", "ruleset")
     assert "host table" in show(wall)["faults"]
+    before = len(events(wall, "firewall repaired"))
     assert wall("firewall", "show").status == 1
     assert wall("run", "-q", "--raw", "--engine", "oci", SHELL, "--", "true").status == 0
     assert show(wall)["faults"] == []
-    assert events(wall, "firewall repaired")[-1]["what"], "it is on record, although nobody saw who did it"
+    (event,) = events(wall, "firewall repaired")[before:]
+    assert event["what"] == ["host table"]
+    assert event["by"] == "unknown", "nobody was there to see it"
     assert cell.attempt([("tcp", PUBLIC, PORT)])
     cell.close()
 
