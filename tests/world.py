@@ -261,14 +261,17 @@ def relay(where: Namespace, address: str, port: int, real: str) -> None:
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
 
+    def pair(link: socket.socket) -> None:
+        with contextlib.suppress(OSError), link, socket.create_connection((real, port), timeout=30) as other:
+            other.settimeout(None)
+            back = threading.Thread(target=pump, args=(other, link), daemon=True)
+            back.start()
+            pump(link, other)
+            back.join()
+
     def serve() -> None:
         while True:
-            link, _ = listener.accept()
-            with contextlib.suppress(OSError):
-                other = socket.create_connection((real, port), timeout=30)
-                other.settimeout(None)
-                for pair in ((link, other), (other, link)):
-                    threading.Thread(target=pump, args=pair, daemon=True).start()
+            threading.Thread(target=pair, args=(listener.accept()[0],), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
 

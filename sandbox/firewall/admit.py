@@ -15,7 +15,7 @@ from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from sandbox.config import Config
-from sandbox.errors import HostError
+from sandbox.errors import HostError, NotFound
 from sandbox.firewall import router, ruleset
 from sandbox.firewall.layout import GROUP, OTHER_MAC, ROUTER_MAC, TABLE, Layout, Place, link_name
 from sandbox.host import netns, nfnetlink
@@ -90,11 +90,11 @@ def _unused(layout: Layout) -> Iterator[int]:
 def connect(config: Config, place: Place, namespace: str) -> None:
     """Wires the network namespace at that path to the router and admits it. Raises HostError, OSError."""
     layout = Layout(config)
-    record = router.read_record(layout.record(place.address))
-    if record is None:
-        raise HostError(f"the record of {place.address} is gone.", hint="start it again.")
     with os_open(namespace) as dyno:
         with router.locked(layout, shared=True):
+            record = router.read_record(layout.record(place.address))
+            if record is None:
+                raise HostError(f"the record of {place.address} is gone.", hint="start it again.")
             with router.inside(layout):
                 net, nft = Netlink(), Nft()
                 # Flows of whoever had this address before.
@@ -200,21 +200,26 @@ def os_open(path: str) -> Iterator[int]:
 def withdraw(config: Config, link: str, address: str = "") -> None:
     """Takes a dyno's place back: link, elements, flows, record. What is gone already is left alone."""
     layout = Layout(config)
-    found = [router.read_record(layout.record(address))] if address else router.records(layout)
-    for record in found:
-        if record is None or record["link"] != link:
-            continue
-        if router.standing(layout):
-            with router.locked(layout, shared=True), router.inside(layout):
-                net, nft = Netlink(), Nft()
+    with router.locked(layout, shared=True):
+        found = [router.read_record(layout.record(address))] if address else router.records(layout)
+        for record in found:
+            if record is None or record["link"] != link:
+                continue
+            if router.standing(layout):
+                with router.inside(layout):
+                    net, nft = Netlink(), Nft()
                 # In this order: a flush right after a change of sets waits for the kernel to free them (20 ms), and
                 # flows that a late packet makes now are cut again before the address is lent to anybody else.
-                nfnetlink.cut_flows(int(record["number"]))
+                with router.inside(layout):
+                    nfnetlink.cut_flows(int(record["number"]))
                 net.remove_link(link)
                 _remove(nft, router.record_elements(record))
+                if record["egress"]["names"]:
+                    _remove(nft, _named(nft, link))
                 nft.close()
                 net.close()
-        os.unlink(layout.record(str(record["address"])))
+            with suppress(FileNotFoundError):
+                os.unlink(layout.record(str(record["address"])))
 
 
 def _remove(nft: Nft, items: list[ruleset.Element]) -> None:
@@ -234,13 +239,17 @@ def change(config: Config, record: router.Json, egress: Egress) -> None:
     link, port = str(record["link"]), int(record["port"])
     items = ruleset.elements(link, place, egress, Traffic(**record["traffic"]), port)
     with router.locked(layout):
-        old = router.record_elements(record)
+        now = router.read_record(layout.record(place.address))
+        if now is None or now["id"] != record["id"]:
+            raise NotFound(f"{record['name']} has ended.", hint="sandbox ps lists the dynos.")
         draft = f"{layout.records}/.{link}"
         with open(draft, "w", encoding="utf-8") as file:
-            json.dump({**record, "egress": egress.document(), "elements": items}, file)
+            json.dump({**now, "egress": egress.document(), "elements": items}, file)
+        # First: names are judged by it from here on.
+        os.rename(draft, layout.record(place.address))
         with router.inside(layout):
             nft = Nft()
-            gone = [*old, *_named(nft, link)]
+            gone = [*router.record_elements(now), *_named(nft, link)]
             try:
                 nft.run(ruleset.remove(gone) + ruleset.add(items))
             except NoSuchTable:  # somebody took elements away: the wall was closed for them
@@ -248,7 +257,6 @@ def change(config: Config, record: router.Json, egress: Egress) -> None:
                 nft.run(ruleset.add(items))
             nfnetlink.cut_flows(place.number)
             nft.close()
-        os.rename(draft, layout.record(place.address))
 
 
 def _named(nft: Nft, link: str) -> list[ruleset.Element]:

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import fcntl
 import os
+import resource
 import signal
 import socket
 import struct
@@ -39,8 +40,10 @@ PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 58: "icmpv6"
 def start(config: Config) -> None:
     """Starts the guard unless it lives, and returns when it answers names. Raises HostError."""
     layout = Layout(config)
-    if router.guarded(layout):
-        return
+    # Who starts one holds the lock until it answers: a guard that is seen here is ready.
+    with router.locked(layout, shared=True):
+        if router.guarded(layout):
+            return
     hostcmd.require("dnsmasq", "dnsmasq-base")
     with router.locked(layout):
         if not router.guarded(layout):
@@ -129,7 +132,7 @@ class Guard:
         self._servers = [names.Server(name, sockets[name], answer) for name, answer in answers.items()]
         self._dnsmasq: asyncio.subprocess.Process | None = None
         self._changed: asyncio.Event = asyncio.Event()
-        self._who, self._since = "", 0.0
+        self._who, self._since, self._retry = "", 0.0, False
         self._empty_since = time.monotonic()
         self._ended = asyncio.Event()
 
@@ -159,7 +162,7 @@ class Guard:
         os.write(ready, b"+")
         os.close(ready)
         try:
-            while not self._ended.is_set():
+            while not self._ended.is_set() and not resolver.done():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
                         await self._changed.wait()
@@ -181,12 +184,14 @@ class Guard:
         ]
         program = hostcmd.require("dnsmasq", "dnsmasq-base")
         while True:
-            self._dnsmasq = await asyncio.create_subprocess_exec(
-                *wrap, *names.dnsmasq(program), env=hostcmd.ENVIRONMENT, stdin=asyncio.subprocess.PIPE
-            )
-            await self._dnsmasq.communicate(names.dnsmasq_config(self._ranges()).encode("ascii"))
-            status = await self._dnsmasq.wait()
-            print(f"the resolver ended with status {status}; it is started again", flush=True)
+            try:
+                self._dnsmasq = await asyncio.create_subprocess_exec(
+                    *wrap, *names.dnsmasq(program), env=hostcmd.ENVIRONMENT, stdin=asyncio.subprocess.PIPE
+                )
+                await self._dnsmasq.communicate(names.dnsmasq_config(self._ranges()).encode("ascii"))
+                print(f"the resolver ended with status {self._dnsmasq.returncode}; it is started again", flush=True)
+            except (OSError, SandboxError) as error:
+                print(f"the resolver cannot be started now: {escape(str(error))}", flush=True)
             await asyncio.sleep(0.2)
 
     async def _until_answering(self) -> None:
@@ -251,17 +256,29 @@ class Guard:
         self._who = ""
         live = any(name.endswith(".json") for name in os.listdir(self._layout.records))
         try:
-            if noticed or (live and router.stopped_forwarding(self._layout)):
-                wanted = live and router.read_state(self._layout)["forwarding"]
-                if router.faults(self._layout, forwarding=wanted):
+            due = noticed or self._retry or (live and router.stopped_forwarding(self._layout))
+            self._retry = False
+            if due:
+                state = router.read_state(self._layout)
+                # A command with a newer host configuration has changed what is denied.
+                self._config = self._config._replace(deny=tuple(state["deny"]))
+                self._layout = Layout(self._config)
+                wanted = live and state["forwarding"]
+                found = router.faults(self._layout, forwarding=wanted)
+                if found:
                     router.repair(self._config, forwarding=wanted, by=who or "unknown", since=since)
+                if "router table" in found:
                     names.forget(self._policy)
         except (SandboxError, OSError) as error:
+            self._retry = True  # with the next poll
             self._record("firewall not repaired", message=escape(str(error)))
         if live:
             self._empty_since = time.monotonic()
         elif time.monotonic() - self._empty_since > self._config.linger_s:
-            self._leave()
+            try:
+                self._leave()
+            except (SandboxError, OSError) as error:
+                self._record("router not removed", message=escape(str(error)))
 
     def _leave(self) -> None:
         """Nobody needs the router: it goes, unless a dyno came while we looked."""
@@ -307,7 +324,8 @@ class Guard:
     def _record(self, event: str, **fields: object) -> None:
         from sandbox.host.eventlog import record
 
-        record(self._config, event, **fields)
+        with suppress(OSError):  # a full disk does not end the guard
+            record(self._config, event, **fields)
 
 
 def rule_of(mark: int) -> str:
@@ -346,6 +364,9 @@ def main() -> None:
         parser.add_argument(option, required=True)
     parser.add_argument("--ready", type=int, required=True)
     options = parser.parse_args()
+    # nftables' library waits with select(2): a descriptor beyond 1,024 would end us, a refused one does not.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     config = configs.load(state_dir=options.state_dir, run_dir=options.run_dir)
     layout = Layout(config)
     lock = os.open(f"{layout.folder}/guard.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -61,6 +61,11 @@ class Layout(NamedTuple):
         return f"{self.folder}/state.json"
 
     @property
+    def dirty(self) -> str:
+        """There while a repair is due or under way."""
+        return f"{self.folder}/dirty"
+
+    @property
     def host_link(self) -> str:
         """The host's end of the link to the router."""
         return f"sbx-{self.config.host}"
@@ -73,6 +78,11 @@ class Layout(NamedTuple):
     def route_table(self) -> int:
         """The host's routing table with the way to the dynos: above all numbers that people choose."""
         return 0x5B000000 | int(self.config.host[:6], 16)
+
+    @property
+    def metric(self) -> int:
+        """Of our route in the host's main table: another instance's for the same pool is another route."""
+        return 0x5B0000 | int(self.config.host[:4], 16)
 
     @property
     def pool(self) -> IPv4Network:

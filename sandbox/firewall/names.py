@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 
-from sandbox.firewall import dns, ruleset
+from sandbox.firewall import dns, router, ruleset
 from sandbox.firewall.layout import POLICY_PORT, RELAY_PORT, Layout
 from sandbox.firewall.router import Json, read_record
 from sandbox.host.nft import Nft, NftError
@@ -116,10 +116,15 @@ class Server:
         except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
             return
         finally:
+            # close() alone waits for ever on a reader that never reads; and it counts for as long as it is there.
+            writer.close()
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await writer.wait_closed()
+            writer.transport.abort()
             self._connected[sender] -= 1
             if not self._connected[sender]:
                 del self._connected[sender]
-            writer.close()
 
 
 def _fitting(query: bytes, answer: bytes) -> bytes:
@@ -207,11 +212,21 @@ class Policy:
         if asked.type == dns.AAAA:
             return dns.reply(query, asked, dns.NOERROR)
         answer = await self._ask_dnsmasq(query)
-        try:
-            self._admit(record, dns.addresses(answer))
-        except (NftError, OverflowError):
-            return dns.reply(query, asked, dns.SERVFAIL)  # a set that is full: better no name than a wrong one
-        return answer
+        found = dns.addresses(answer)
+        for _ in range(100):
+            try:
+                # Under the lock that a change of policy takes: the answer may have taken seconds.
+                with router.locked(self._layout, shared=True, wait=False):
+                    now = self._record(sender)
+                    if now is None or (now["id"], now["egress"]) != (record["id"], wishes):
+                        return dns.reply(query, asked, dns.REFUSED)
+                    self._admit(record, found)
+                    return answer
+            except BlockingIOError:
+                await asyncio.sleep(0.02)
+            except (NftError, OverflowError):
+                break  # a set that is full: better no name than a wrong one
+        return dns.reply(query, asked, dns.SERVFAIL)
 
     async def _ask_dnsmasq(self, query: bytes) -> bytes:
         with self._enter():
@@ -265,6 +280,8 @@ def dnsmasq_config(denied: Iterable[Denied]) -> str:
     lines = [
         *("no-hosts", "no-resolv", "no-poll", "pid-file", "user=", "group=", "bind-interfaces", "domain-needed"),
         *("bogus-priv", "stop-dns-rebind", "filter-AAAA", "cache-size=2000", "dns-forward-max=400"),
+        # It would write a line of the app's choosing to the host's log for every private answer.
+        "log-facility=/dev/null",
         *("edns-packet-max=1232", f"max-ttl={LONGEST_S}", f"listen-address={RESOLVER}"),
         f"server=127.0.0.1#{RELAY_PORT}",
         *(f"bogus-nxdomain={network}" for network in egress.prefixes(denied)),

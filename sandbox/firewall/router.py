@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import Any
@@ -50,16 +50,21 @@ _ROUTER_SYSCTLS = (
     *(("ipv4/conf/all/accept_source_route", "0"), ("ipv4/conf/default/accept_source_route", "0")),
     # The resolver needs no capability to bind port 53 here.
     *(("ipv4/ip_unprivileged_port_start", "53"), ("ipv4/ip_forward", "1")),
+    # A closed flow is not counted any more, but tracked; for two minutes, by default.
+    *(("netfilter/nf_conntrack_tcp_timeout_time_wait", "10"), ("netfilter/nf_conntrack_tcp_timeout_close", "5")),
 )
 
 
 @contextmanager
-def locked(layout: Layout, *, shared: bool = False) -> Iterator[None]:
-    """The lock on the router: shared for who uses it, exclusive for who makes, repairs or removes it."""
+def locked(layout: Layout, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """The lock on the router: shared for who uses it, exclusive for who makes, repairs or removes it.
+
+    Raises BlockingIOError when it is taken and the caller does not ``wait``.
+    """
     layout.make_folders()
     fd = os.open(f"{layout.folder}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(fd)
@@ -109,7 +114,10 @@ def ensure(config: Config, *, forwarding: bool) -> list[str]:
     with locked(layout, shared=True):
         if standing(layout) and os.path.exists(layout.state):
             # A living guard has seen every change there was, and repairs on its own.
-            if guarded(layout) and (read_state(layout)["forwarding"] or not forwarding):
+            state = read_state(layout)
+            same = state["pool"] == config.pool and state["deny"] == list(config.deny)
+            wanted = state["forwarding"] or not forwarding
+            if guarded(layout) and same and wanted and not os.path.exists(layout.dirty):
                 return []
             if not faults(layout, forwarding=forwarding):
                 return []
@@ -124,6 +132,7 @@ def repair(config: Config, *, forwarding: bool, by: str = "unknown", since: floa
     layout = Layout(config)
     with locked(layout):
         if not (standing(layout) and os.path.exists(layout.state)):
+            check_pool(layout)
             _take_down(layout)
             try:
                 _create(layout)
@@ -132,8 +141,17 @@ def repair(config: Config, *, forwarding: bool, by: str = "unknown", since: floa
                 _take_down(layout)
                 raise
             return []
+        pool = read_state(layout)["pool"]
+        if pool != config.pool:
+            raise HostError(
+                f"the router stands with the pool {pool}, and the configuration says {config.pool}.",
+                hint="stop the dynos, then: sandbox firewall remove",
+            )
+        with open(layout.dirty, "wb"):
+            pass  # until the repair has succeeded, nobody takes a living guard for a proof
         found = faults(layout, forwarding=forwarding)
         _repair(layout, found, forwarding=forwarding)
+        os.unlink(layout.dirty)
     # Forwarding that was never needed before is no loss.
     lost = [fault for fault in found if fault != "forwarding" or by != "unknown" or since is not None]
     if lost:
@@ -144,12 +162,18 @@ def repair(config: Config, *, forwarding: bool, by: str = "unknown", since: floa
     return found
 
 
-def check_pool(layout: Layout, net: Netlink) -> None:
+def check_pool(layout: Layout) -> None:
     """HostError when the host routes anything of the pool elsewhere already; both prefixes are named."""
-    for route in net.routes():
+    net = Netlink()
+    found = net.routes()
+    net.close()
+    for route in found:
         prefix = IPv4Network(route.prefix)
         # A default route, or the two halves that VPNs split it into, covers everything and means nothing.
         if prefix.prefixlen <= 1 or route.table == layout.route_table or not prefix.overlaps(layout.pool):
+            continue
+        # What is left of a router of our own that was taken away half-way.
+        if route.metric == layout.metric or prefix.network_address in (layout.host_address, layout.router_address):
             continue
         raise HostError(
             f"the address pool {layout.pool} overlaps {prefix}, which this host routes already.",
@@ -160,7 +184,6 @@ def check_pool(layout: Layout, net: Netlink) -> None:
 def _create(layout: Layout) -> None:
     """Everything but what ``_repair`` puts back by itself. The table stands before there is a link."""
     net = Netlink()
-    check_pool(layout, net)
     netns.make(layout.netns)
     fd = os.open(layout.netns, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -187,26 +210,64 @@ def _create(layout: Layout) -> None:
     here, there = net.index(layout.host_link), inner.index(UPLINK)
     inner.address(there, IPv4Interface(layout.router_address))
     net.address(here, IPv4Interface(layout.host_address))
+    _wire(layout, net, inner)
+    state = {
+        "router": _router_digest(nft),
+        "host": "",
+        "hosts": _hosts(layout, net),
+        "sysctls": {},
+        "forwarding": False,
+    }
+    _write_state(layout, {**state, "switched": [], "pool": layout.config.pool, "deny": list(layout.config.deny)})
+    for item in (nft, inner, net):
+        item.close()
+
+
+def _wire(layout: Layout, net: Netlink, inner: Netlink) -> None:
+    """Both ends of the link up, with their neighbours and routes; what is there already stays.
+
+    Raises HostError when the link is gone: the dynos' way cannot be made again under them.
+    """
+    try:
+        here, there = net.index(layout.host_link), inner.index(UPLINK)
+    except OSError as error:
+        raise HostError(
+            "the link between host and router is gone; running dynos have no network any more.",
+            hint="stop them, then: sandbox firewall remove",
+        ) from error
     inner.up(there)
     net.up(here)
     inner.neighbour(there, layout.host_address, OTHER_MAC)
     net.neighbour(here, layout.router_address, ROUTER_MAC)
-    inner.route(f"{layout.host_address}/32", table=TABLE, device=there)
-    inner.route("0.0.0.0/0", table=TABLE, device=there, via=layout.host_address)
-    net.route(f"{layout.router_address}/32", device=here)
-    net.route(f"{layout.router_address}/32", table=layout.route_table, device=here)
-    net.route(
-        str(layout.pool), table=layout.route_table, device=here, via=layout.router_address, source=layout.host_address
+    host, source, pool = f"{layout.host_address}/32", f"{layout.router_address}/32", str(layout.pool)
+    table = layout.route_table
+    additions: tuple[Callable[[], None], ...] = (
+        lambda: inner.route(host, table=TABLE, device=there),
+        lambda: inner.route("0.0.0.0/0", table=TABLE, device=there, via=layout.host_address),
+        lambda: net.route(source, device=here),
+        lambda: net.route(source, table=table, device=here),
+        lambda: net.route(pool, table=table, device=here, via=layout.router_address, source=layout.host_address),
+        # What others on this host send there (a container behind Docker's masquerading, say) has no way; the host's
+        # own packets find the table above first.
+        lambda: net.route(pool, metric=layout.metric),
     )
-    # What others on this host send there (a container behind Docker's masquerading, say) has no way; the host's own
-    # packets find the table above first.
-    net.route(str(layout.pool))
-    _write_state(
-        layout,
-        {"router": _router_digest(nft), "hosts": _hosts(layout, net), "sysctls": {}, "host": "", "forwarding": False},
+    for add in additions:
+        try:
+            add()
+        except FileExistsError:
+            continue
+
+
+def _lost_routes(layout: Layout, net: Netlink, inner: Netlink) -> bool:
+    here, there = net.routes(), inner.routes()
+    pool, source = str(layout.pool), f"{layout.router_address}/32"
+    wanted = {(pool, layout.route_table), (source, layout.route_table), (source, MAIN)}
+    own = {("0.0.0.0/0", TABLE), (f"{layout.host_address}/32", TABLE)}
+    return (
+        not wanted <= {(route.prefix, route.table) for route in here}
+        or not own <= {(route.prefix, route.table) for route in there}
+        or not any(route.prefix == pool and route.metric == layout.metric for route in here)
     )
-    for item in (nft, inner, net):
-        item.close()
 
 
 def faults(layout: Layout, *, forwarding: bool) -> list[str]:
@@ -221,8 +282,12 @@ def faults(layout: Layout, *, forwarding: bool) -> list[str]:
             found.append("router table")
         if set(inner.rules()) & set(_ROUTER_RULES) != set(_ROUTER_RULES):
             found.append("router routing rules")
-        if "host" in state and _host_digest(layout, host_nft) != state["host"]:
+        if _host_digest(layout, host_nft) != state["host"] or _switched(state) != state["switched"]:
             found.append("host table")
+        if state["deny"] != list(layout.config.deny):
+            found.append("denied ranges")
+        if _lost_routes(layout, net, inner):
+            found.append("routes")
         if _host_rule(layout) not in net.rules():
             found.append("host routing rule")
         if state["hosts"] != _hosts(layout, net):
@@ -231,9 +296,9 @@ def faults(layout: Layout, *, forwarding: bool) -> list[str]:
             found.append("accept in another firewall")
         if forwarding and _not_forwarding(layout, net):
             found.append("forwarding")
-        for link, owner, name in ((layout.host_link, net, "host link"), (UPLINK, inner, "router link")):
+        for link, owner in ((layout.host_link, net), (UPLINK, inner)):
             if not owner.links().get(link, (0, 0))[1] & IFF_UP:
-                found.append(name)
+                found.append("link")
     finally:
         for item in (nft, host_nft, inner, net):
             item.close()
@@ -246,43 +311,58 @@ def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
     net, host_nft = Netlink(), Nft()
     with inside(layout):
         inner, nft = Netlink(), Nft()
-        if "router table" in found or "host addresses" in found:
-            fresh = "".join(f"table {t}\ndelete table {t}\n" for t in (ruleset.TABLE, "arp sandbox"))
-            text = ruleset.router(layout, denied(layout, net))
-            nft.run(fresh + text + "".join(ruleset.add(record_elements(r)) for r in records(layout)))
-            state["router"], state["hosts"] = _router_digest(nft), _hosts(layout, net)
     try:
-        if "router routing rules" in found or not set(_ROUTER_RULES) <= set(inner.rules()):
-            for rule in _ROUTER_RULES:
-                inner.rule(rule)
-        if "host table" in found:
-            table = f"inet {layout.host_table}"
-            host_nft.run(f"table {table}\ndelete table {table}\n" + ruleset.host(layout))
-            state["host"] = _host_digest(layout, host_nft)
-        net.rule(_host_rule(layout))
-        for family, table, chain in _foreign_chains(host_nft):
-            if not _accepted(layout, host_nft, (family, table, chain)):
-                for direction in ("iifname", "oifname"):
-                    host_nft.run(
-                        f'insert rule {family} {table} {chain} {direction} "{layout.host_link}" counter accept '
-                        f'comment "{_comment(layout)}"'
-                    )
+        text = ""
+        if "router table" in found:
+            text = "".join(f"table {t}\ndelete table {t}\n" for t in (ruleset.TABLE, "arp sandbox"))
+            text += ruleset.router(layout, denied(layout, net))
+            text += "".join(ruleset.add(record_elements(record)) for record in records(layout))
+        elif {"host addresses", "denied ranges"} & set(found):
+            text = ruleset.ranges(denied(layout, net))
+        if text:
+            nft.run(text)
+            state |= {"router": _router_digest(nft), "hosts": _hosts(layout, net), "deny": list(layout.config.deny)}
+        for rule in _ROUTER_RULES:
+            inner.rule(rule)
+        idle = _not_forwarding(layout, net) if forwarding else []
         if forwarding:
             state["forwarding"] = True
-            for name in _not_forwarding(layout, net):
-                if name != layout.host_link:
-                    state["sysctls"].setdefault(name, "0")
-                    _write_state(layout, state)  # before it is done: it must be undone
-                netns.write_sysctl(f"ipv4/conf/{name}/forwarding", "1")
+            state["sysctls"] |= {name: "0" for name in idle if name != layout.host_link}
+            _write_state(layout, state)  # before it is done: it must be undone
+        if "host table" in found or _switched(state) != state["switched"]:
+            table = f"inet {layout.host_table}"
+            state["switched"] = _switched(state)
+            host_nft.run(f"table {table}\ndelete table {table}\n" + ruleset.host(layout, state["switched"]))
+            state["host"] = _host_digest(layout, host_nft)
+        for name in idle:
+            netns.write_sysctl(f"ipv4/conf/{name}/forwarding", "1")
         _write_state(layout, state)
-        if "host link" in found or "router link" in found:
-            raise HostError(
-                "the link between host and router is gone; running dynos have no network any more.",
-                hint="stop them, then: sandbox firewall remove",
-            )
+        net.rule(_host_rule(layout))
+        for where in _foreign_chains(host_nft):
+            if not _accepted(layout, host_nft, where):
+                host_nft.run(_forget_accepts(layout, host_nft, where) + _accepts(layout, where))
+        _wire(layout, net, inner)
     finally:
         for item in (nft, host_nft, inner, net):
             item.close()
+
+
+def _switched(state: Json) -> list[str]:
+    """The devices that forward because of us alone; none, once somebody has switched the whole host on."""
+    return [] if netns.read_sysctl("ipv4/ip_forward") == "1" else sorted(state["sysctls"])
+
+
+def _accepts(layout: Layout, where: tuple[str, str, str]) -> str:
+    rule = "insert rule {} {} {} ".format(*where)
+    return "".join(
+        f'{rule} {direction} "{layout.host_link}" counter accept comment "{_comment(layout)}"\n'
+        for direction in ("iifname", "oifname")
+    )
+
+
+def _forget_accepts(layout: Layout, nft: Nft, where: tuple[str, str, str]) -> str:
+    rule = "delete rule {} {} {} handle ".format(*where)
+    return "".join(f"{rule} {handle}\n" for handle in _ours(layout, nft, where))
 
 
 def remove(layout: Layout) -> None:
@@ -291,23 +371,29 @@ def remove(layout: Layout) -> None:
 
 
 def _take_down(layout: Layout) -> None:
+    """Undoes everything; what was undone before is left alone.
+
+    The state goes first: a router without it is not standing, so an interrupted take-down is only begun again.
+    """
     state = read_state(layout) if os.path.exists(layout.state) else {}
+    layout = Layout(layout.config._replace(pool=state.get("pool", layout.config.pool)))
+    for name, value in state.get("sysctls", {}).items():
+        # Somebody else switched forwarding on for the whole host meanwhile: it is theirs now.
+        if netns.read_sysctl("ipv4/ip_forward") == "0":
+            _sysctl_if_there(f"ipv4/conf/{name}/forwarding", value)
+    for path in (layout.state, layout.dirty):
+        if os.path.exists(path):
+            os.unlink(path)
     net, nft = Netlink(), Nft()
     try:
         if nft.exists(f"table inet {layout.host_table}"):
             nft.run(f"delete table inet {layout.host_table}")
-        for family, table, chain in _foreign_chains(nft):
-            for handle in _ours(layout, nft, (family, table, chain)):
-                nft.run(f"delete rule {family} {table} {chain} handle {handle}")
+        for where in _foreign_chains(nft, refusing=False):
+            if text := _forget_accepts(layout, nft, where):
+                nft.run(text)
         net.rule(_host_rule(layout), remove=True)
         net.remove_link(layout.host_link)
-        for route in net.routes():
-            if route.prefix == str(layout.pool) and route.table == MAIN and not route.device:
-                net.route(str(layout.pool), remove=True)
-        for name, value in state.get("sysctls", {}).items():
-            # Somebody else switched forwarding on for the whole host meanwhile: it is theirs now.
-            if netns.read_sysctl("ipv4/ip_forward") == "0":
-                _sysctl_if_there(f"ipv4/conf/{name}/forwarding", value)
+        net.route(str(layout.pool), metric=layout.metric, remove=True)
     finally:
         nft.close()
         net.close()
@@ -316,9 +402,8 @@ def _take_down(layout: Layout) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOENT):
             raise
-    for path in (layout.state, layout.netns):
-        if os.path.exists(path):
-            os.unlink(path)
+    if os.path.exists(layout.netns):
+        os.unlink(layout.netns)
 
 
 def denied(layout: Layout, net: Netlink) -> tuple[egress.Denied, ...]:
@@ -354,10 +439,12 @@ def _not_forwarding(layout: Layout, net: Netlink) -> list[str]:
 
 
 def stopped_forwarding(layout: Layout) -> bool:
-    """Whether a device that has to forward does not any more: a few file reads, cheap enough for every second."""
+    """Whether forwarding is not as we left it: a few file reads, cheap enough for every second."""
     state = read_state(layout)
     if not state["forwarding"]:
         return False
+    if _switched(state) != state["switched"]:
+        return True
     for name in (layout.host_link, *state["sysctls"]):
         try:
             if netns.read_sysctl(f"ipv4/conf/{name}/forwarding") == "0":
@@ -367,15 +454,15 @@ def stopped_forwarding(layout: Layout) -> bool:
     return False
 
 
-def _foreign_chains(nft: Nft) -> list[tuple[str, str, str]]:
-    """Other firewalls' forward chains that drop what they do not know: (family, table, chain)."""
+def _foreign_chains(nft: Nft, *, refusing: bool = True) -> list[tuple[str, str, str]]:
+    """Other firewalls' forward chains: (family, table, chain); those that refuse what they do not know, or all."""
     found = []
     for item in nft.listing("chains"):
         chain = item.get("chain", {})
         if chain.get("hook") != "forward" or chain["family"] not in ("ip", "inet") or "sandbox" in chain["table"]:
             continue
         where = (chain["family"], chain["table"], chain["name"])
-        if chain.get("policy") == "drop" or _ends_in_refusal(nft, where):
+        if not refusing or chain.get("policy") == "drop" or _ends_in_refusal(nft, where):
             found.append(where)
     return found
 
@@ -403,7 +490,7 @@ def _accepted(layout: Layout, nft: Nft, where: tuple[str, str, str]) -> bool:
 def _router_digest(nft: Nft) -> str:
     """Over every rule, chain and set of the router and the denied ranges, without handles and without dynos."""
     lists = [nft.listing(f"table {ruleset.TABLE}", terse=True), nft.listing("table arp sandbox", terse=True)]
-    return _digest([*lists, nft.listing(f"map {ruleset.TABLE} deny4")])
+    return _digest([*lists, nft.listing(f"map {ruleset.TABLE} deny4"), nft.listing(f"set {ruleset.TABLE} hosts4")])
 
 
 def _host_digest(layout: Layout, nft: Nft) -> str:

@@ -32,10 +32,9 @@ def _mark(reason: Reason) -> str:
     return f"meta mark set {reason:d} goto deny"
 
 
-def router(layout: Layout, denied: Iterable[Denied]) -> str:
+def router(layout: Layout, denied: tuple[Denied, ...]) -> str:
     """The router's tables. A set that grows never shares a rule with a verdict: a full set ends its rule."""
     host, source = layout.host_address, layout.router_address
-    deny = ", ".join(f"{_range(item.first, item.last)} : {item.reason:d}" for item in denied)
     per_dyno = "size 65535;"
     place = "ifname . ipv4_addr . inet_proto . inet_service"
     # The kernel forgets a counter of flows when it is zero, and a limit that lived in that element with it. So who
@@ -49,7 +48,7 @@ def router(layout: Layout, denied: Iterable[Denied]) -> str:
         f"    iifname @flows_{most} add @counted_{most} {{ iifname ct count over {most} }} {_mark(Reason.CONNECTIONS)}"
         for most in FLOWS
     )
-    return f"""
+    text = f"""
 table arp sandbox {{
   chain input {{ type filter hook input priority filter; policy drop; counter; }}
   chain output {{ type filter hook output priority filter; policy drop; counter; }}
@@ -71,9 +70,11 @@ table {TABLE} {{
   set fresh {{ type ifname; {per_dyno} limit rate over 1/second; }}
   set upload {{ type ifname; {per_dyno} limit rate over 1 mbytes/second; }}
   set download {{ type ifname; {per_dyno} limit rate over 1 mbytes/second; }}
-  map deny4 {{ type ipv4_addr : mark; flags interval; counter; elements = {{ {deny} }} }}
+  set hosts4 {{ type ipv4_addr; }}
+  map deny4 {{ type ipv4_addr : mark; flags interval; counter; }}
+  set counted_dns {{ type ifname; {per_dyno} flags dynamic; }}
   set asked {{ type ifname; {per_dyno} flags dynamic,timeout; timeout 1m; }}
-  set total {{ type ifname . mark; {per_dyno} flags dynamic; counter; }}
+  set total {{ type ifname . mark; {per_dyno} flags dynamic,timeout; timeout 1h; counter; }}
   set detail {{ type ifname; {per_dyno} flags dynamic,timeout; timeout 15m; }}
   set denied4 {{ type {place} . mark; {per_dyno} flags dynamic,timeout; timeout 15m; counter; }}
   set deniedx {{ type ifname . ipv4_addr . inet_proto . mark; {per_dyno} flags dynamic,timeout; timeout 15m; counter; }}
@@ -92,6 +93,7 @@ table {TABLE} {{
     iifname @upload meta mark set {Reason.BANDWIDTH:d} goto shaped
     ip daddr {host} tcp flags & (syn|ack) != syn iifname . tcp sport @reply4 goto pass
     ip daddr {RESOLVER} goto ask
+    ip daddr @hosts4 {_mark(Reason.HOST)}
     meta l4proto {{ tcp, udp }} iifname . ip daddr . meta l4proto . th dport @permit4 goto pass
     meta mark set ip daddr map @deny4 goto deny
     fib daddr type {{ local, broadcast, multicast, anycast }} {_mark(Reason.HOST)}
@@ -136,7 +138,12 @@ table {TABLE} {{
   chain input {{
     type filter hook input priority filter; policy drop;
     iif lo accept
-    iifgroup {GROUP} ip daddr {RESOLVER} meta l4proto {{ tcp, udp }} th dport {{ 53, {POLICY_PORT} }} accept
+    tcp dport {{ 53, {POLICY_PORT} }} ct state new add @counted_dns {{ iifname ct count over 4 }} drop
+    iifgroup {GROUP} ip daddr {RESOLVER} meta l4proto {{ tcp, udp }} th dport {{ 53, {POLICY_PORT} }} goto asked_here
+  }}
+  chain asked_here {{
+    ct mark set iifname map @dyno
+    accept
   }}
   chain output {{
     type filter hook output priority filter; policy drop;
@@ -152,12 +159,12 @@ table {TABLE} {{
   chain outward {{
     ct state established,related accept
     ct state invalid counter drop
-    ip daddr {host} {_mark(Reason.HOST)}
+    ip daddr @hosts4 {_mark(Reason.HOST)}
     meta l4proto {{ tcp, udp }} iifname . ip daddr . meta l4proto . th dport @permit4 goto rates
     meta mark set ip daddr map @deny4 goto deny
     iifname @public goto rates
     meta l4proto {{ tcp, udp }} iifname . ip daddr . meta l4proto . th dport @allow4 goto rates
-    iifname . ip daddr @named4 goto rates
+    iifname @allowing iifname . ip daddr @named4 goto rates
     iifname @allowing {_mark(Reason.NOT_LISTED)}
     {_mark(Reason.EGRESS_NONE)}
   }}
@@ -180,13 +187,36 @@ table {TABLE} {{
   }}
 }}
 """  # noqa: S608 - not SQL: "set" and "update" are words of nftables, too
+    return text + ranges(denied)
 
 
-def host(layout: Layout) -> str:
-    """The host's table: what leaves the router is never for the host itself, and nobody but the host asks a dyno."""
+def ranges(denied: tuple[Denied, ...]) -> str:
+    """The text that replaces what is always denied, and leaves everything else in the table alone."""
+    deny = ", ".join(f"{_range(item.first, item.last)} : {item.reason:d}" for item in denied)
+    hosts = [item for item in denied if item.reason is Reason.HOST]
+    own = ", ".join(str(IPv4Address(value)) for item in hosts for value in range(item.first, item.last + 1))
+    return (
+        f"flush map {TABLE} deny4\nadd element {TABLE} deny4 {{ {deny} }}\n"
+        f"flush set {TABLE} hosts4\nadd element {TABLE} hosts4 {{ {own} }}\n"
+    )
+
+
+def host(layout: Layout, switched: Iterable[str]) -> str:
+    """The host's table: what leaves the router is never for the host itself, and nobody but the host asks a dyno.
+
+    ``switched``: the devices that forward because of us. They forward for our link and for nobody else: a neighbour
+    who takes this host for a router finds that it is none. Flows that have closed are forgotten soon, so that one
+    dyno's cannot fill what the host tracks.
+    """
     up, address, source = layout.host_link, layout.host_address, layout.router_address
+    names = ", ".join(f'"{name}"' for name in switched)
+    others = f'iifname {{ {names} }} oifname != "{up}" counter drop' if names else ""
     return f"""
 table inet {layout.host_table} {{
+  ct timeout brief {{
+    protocol tcp; l3proto ip;
+    policy = {{ time_wait : 10, close : 5 }}
+  }}
   chain prerouting {{
     type filter hook prerouting priority raw; policy accept;
     iifname "{up}" jump from_router
@@ -197,10 +227,15 @@ table inet {layout.host_table} {{
     meta nfproto != ipv4 counter drop
     fib daddr type != unicast counter drop
   }}
+  chain closing {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname "{up}" ct state new meta l4proto tcp ct timeout set "brief"
+  }}
   chain forward {{
     type filter hook forward priority filter; policy accept;
     oifname "{up}" ct state established,related accept
     oifname "{up}" counter drop
+    {others}
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;

@@ -24,7 +24,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD, _IFLA_GROUP = 1, 3
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 # linux/if_addr.h, linux/rtnetlink.h, linux/neighbour.h, linux/fib_rules.h
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _NOPREFIXROUTE = 1, 2, 8, 0x200
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 7, 15
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
 _NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 1, 3, 6, 10, 15, 16
 MAIN = 254
@@ -34,12 +34,12 @@ _UNICAST, _UNREACHABLE, _SCOPE_LINK, _SCOPE_UNIVERSE, _PROTO_STATIC = 1, 7, 253,
 
 
 class Route(NamedTuple):
-    """One IPv4 route: ``prefix`` as text, the table, and the index of its device (0: none)."""
+    """One IPv4 route: ``prefix`` as text, the table, the index of its device (0: none) and its metric."""
 
     prefix: str
     table: int
     device: int
-    kind: int = _UNICAST
+    metric: int = 0
 
 
 class Rule(NamedTuple):
@@ -185,6 +185,7 @@ class Netlink:
         device: int = 0,
         via: IPv4Address | None = None,
         source: IPv4Address | None = None,
+        metric: int = 0,
         remove: bool = False,
     ) -> None:
         """Adds or removes an IPv4 route; without a device, one that answers "unreachable"."""
@@ -200,6 +201,8 @@ class Netlink:
             body += _attribute(_RTA_OIF, struct.pack("=i", device))
         if via is not None:
             body += _attribute(_RTA_GATEWAY, via.packed)
+        if metric:
+            body += _attribute(_RTA_PRIORITY, struct.pack("=I", metric))
         if source is not None:
             body += _attribute(_RTA_PREFSRC, source.packed)
         if remove:
@@ -213,12 +216,13 @@ class Netlink:
         for _, content in self._request(
             _GETROUTE, _DUMP, struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 0, 0, 0, 0, 0), "routes"
         ):
-            length, kind = content[1], content[7]
+            length = content[1]
             values = dict(attributes(content[12:]))
             table = struct.unpack("=I", values[_RTA_TABLE])[0] if _RTA_TABLE in values else content[4]
             device = struct.unpack("=i", values[_RTA_OIF])[0] if _RTA_OIF in values else 0
             address = socket.inet_ntoa(values.get(_RTA_DST, bytes(4)))
-            found.append(Route(f"{address}/{length}", table, device, kind))
+            metric = struct.unpack("=I", values[_RTA_PRIORITY])[0] if _RTA_PRIORITY in values else 0
+            found.append(Route(f"{address}/{length}", table, device, metric))
         return found
 
     def neighbour(self, index: int, address: IPv4Address, mac: bytes) -> None:

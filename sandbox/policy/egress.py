@@ -175,9 +175,10 @@ def make(
         else:
             networks.append(entry)
     merged, unique = disjoint(networks), tuple(sorted(set(names)))
-    if len(merged) + len(unique) > MAX_ENTRIES:
+    count = sum(len(network.ports) for network in merged) + len(unique)
+    if count > MAX_ENTRIES:
         raise PolicyError(
-            f"{where}: the list has {len(merged) + len(unique)} entries, at most {MAX_ENTRIES}.",
+            f"{where}: the list has {count} entries, ranges of ports counted, at most {MAX_ENTRIES}.",
             hint="use larger networks or wildcards.",
         )
     opened = tuple(permit)

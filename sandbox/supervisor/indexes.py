@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from sandbox.app.detect import Kind
 from sandbox.config import Config
 from sandbox.errors import BuildError
+from sandbox.host.netlink import Netlink
 from sandbox.host.stack import Stack
 from sandbox.policy import egress as policy
 from sandbox.policy.egress import Egress, Mode, Network, Reason
@@ -50,7 +51,10 @@ def egress(config: Config, wanted: list[tuple[str, int]]) -> Egress:
     Raises BuildError for an index at an address that no dyno may reach.
     """
     deny = [policy.parse_network(text, where="deny") for text in config.deny]
-    ranges = policy.denied_ranges(pool=config.pool, deny=deny)
+    net = Netlink()
+    hosts = [address for _, address in net.addresses() if not address.startswith("127.")]
+    net.close()
+    ranges = policy.denied_ranges(pool=config.pool, hosts=hosts, deny=deny)
     networks, pinned = [], []
     for host, port in wanted:
         try:

@@ -130,6 +130,11 @@ def sweep(config: Config) -> list[str]:
         if record["id"] not in known:
             admit.withdraw(config, record["link"], record["address"])
             removed.append(f"address {record['address']}")
+    layout = Layout(config)
+    with router.locked(layout):
+        if router.standing(layout) and not router.records(layout) and not router.guarded(layout):
+            router.remove(layout)
+            removed.append("the router, which had no dyno and no guard")
     removed += _drafts(config)
     removed += disk.release_unused_layers(config)
     removed += [f"uid range {first}" for first in ids.sweep(config.journal_dir)]

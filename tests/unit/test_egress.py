@@ -81,7 +81,10 @@ def test_good_wishes(tmp_path):
 def test_a_huge_list_is_refused_with_its_size(tmp_path):
     listed = tmp_path / "list"
     listed.write_text("".join(f"93.{n >> 16}.{n >> 8 & 255}.{n & 255}/32:{n % 7 + 1}\n" for n in range(100_000)))
-    with pytest.raises(PolicyError, match="has 100000 entries, at most 1000"):
+    with pytest.raises(PolicyError, match="has 100000 entries, ranges of ports counted, at most 1000"):
+        wishes.wish(Config(str(tmp_path), str(tmp_path)), f"allow:@{listed}")
+    listed.write_text("93.184.216.0/24:" + ",".join(str(port) for port in range(1, 60000, 2)))
+    with pytest.raises(PolicyError, match="has 30000 entries, ranges of ports counted"):
         wishes.wish(Config(str(tmp_path), str(tmp_path)), f"allow:@{listed}")
     listed.write_text("".join(f"93.{n >> 16}.{n >> 8 & 255}.{n & 255}/32\n" for n in range(65536)))
     assert len(wishes.wish(Config(str(tmp_path), str(tmp_path)), f"allow:@{listed}").networks) == 1, (
