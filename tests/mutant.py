@@ -311,7 +311,8 @@ def no_deny() -> None:
     from sandbox.firewall import ruleset
 
     router, host = ruleset.router, ruleset.host
-    ruleset.router = lambda *a: router(*a).replace("meta mark set ip daddr map @deny4 goto deny", "")
+    gone = ("meta mark set ip daddr map @deny4 goto deny", "ip daddr @hosts4 meta mark set 1 goto deny")
+    ruleset.router = lambda *a: router(*a).replace(gone[0], "").replace(gone[1], "")
     ruleset.host = lambda *a: host(*a).replace("fib daddr type != unicast counter drop", "")
 
 
@@ -342,6 +343,19 @@ def late_wall() -> None:
         threading.Thread(target=later).start()
 
     dyno.Dyno.start, dyno._open_gate = started, open_gate
+
+
+def die_in_take_down() -> None:
+    """SIGKILL to ourselves in the middle of taking the router down."""
+    from sandbox.host.netlink import Netlink
+
+    original = Netlink.remove_link
+
+    def remove_link(self, name):
+        original(self, name)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Netlink.remove_link = remove_link
 
 
 def nft_missing() -> None:

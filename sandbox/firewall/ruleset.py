@@ -210,7 +210,8 @@ def host(layout: Layout, switched: Iterable[str]) -> str:
     """
     up, address, source = layout.host_link, layout.host_address, layout.router_address
     names = ", ".join(f'"{name}"' for name in switched)
-    others = f'iifname {{ {names} }} oifname != "{up}" counter drop' if names else ""
+    # Another instance's link is another instance's business.
+    others = f'iifname {{ {names} }} oifname != "sbx-*" counter drop' if names else ""
     return f"""
 table inet {layout.host_table} {{
   ct timeout brief {{

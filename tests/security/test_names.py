@@ -252,6 +252,76 @@ def test_odd_messages_do_not_end_the_resolver(wall, message):
     cell.close()
 
 
+def test_a_changed_policy_reaches_questions_that_are_on_their_way(wall, world, engine):
+    """An answer that comes after the policy changed opens nothing, and an open flow to the resolver is cut."""
+    release = []
+
+    def slow(asked: int):
+        wait_for(lambda: release, 10, "the release")
+        return [PUBLIC2], 60
+
+    world.names.zone["slow.example"] = slow
+    cell = make(wall, engine, "--egress", "allow:slow.example,app.example")
+    cell("""
+import threading
+late = threading.Thread(target=lambda: answers.append(look_up('slow.example')))
+answers = []; late.start()
+""")
+    wait_for(lambda: "slow.example" in world.names.asked, 5, "the question")
+    assert wall("firewall", "set", cell.record["id"], "--egress", "allow:app.example").status == 0
+    release.append(1)
+    cell("late.join()")
+    assert not connect(cell, PUBLIC2)
+    assert PUBLIC2 not in router(wall, "nft", "list", "set", "inet", "sandbox", "named4")
+    cell.close()
+
+
+def test_one_socket_to_the_resolver_does_not_outlive_a_policy(wall, world, engine):
+    """The kernel remembers where the first packet of a flow was sent; a change of policy makes it forget."""
+    cell = make(wall, engine)
+    cell("""
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(("172.16.0.23", 53)); s.settimeout(1)
+def ask_again(name):
+    question = b"".join(bytes([len(p)]) + p.encode() for p in name.split(".")) + b"\\0" + struct.pack(">HH", 1, 1)
+    s.send(struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + question)
+    try: return s.recv(600)[3] & 15
+    except OSError as error: return type(error).__name__
+""")
+    assert cell("result = ask_again('app.example')") == 0
+    assert wall("firewall", "set", cell.record["id"], "--egress", "allow:brief.example").status == 0
+    asked = len(world.names.asked)
+    assert cell("result = ask_again('way-out.evil.example')") == 5
+    assert world.names.asked[asked:] == []
+    cell.close()
+
+
+def test_connections_that_nobody_reads_do_not_use_up_the_guard(wall):
+    """Questions are pipelined and answers never read: the connections end, and others are answered."""
+    cell, other = make(wall, "oci", "--egress", "allow:app.example"), make(wall, "oci", "--egress", "allow:app.example")
+    before = descriptors(wall)
+    code = """
+query = bytes.fromhex("000701000001000000000000") + b"\\x3f" + b"a" * 63 + b"\\x3f" + b"b" * 63 + b"\\4evil\\0\\0\\1\\0\\1"
+held = []
+for _ in range(40):
+    t = socket.socket(); t.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1); t.settimeout(0.2)
+    try:
+        t.connect(("172.16.0.23", 53))
+        for _ in range(1000): t.send(len(query).to_bytes(2) + query)
+    except OSError: pass
+    held.append(t)
+result = len(held)
+"""
+    assert cell(code) == 40
+    assert other("result = look_up('app.example', tcp=True)") == [0, [PUBLIC], False]
+    wait_for(lambda: descriptors(wall) <= before + 5, 20, "the end of the connections")
+    cell.close()
+    other.close()
+
+
+def descriptors(wall) -> int:
+    return len(list(Path(f"/proc/{guard_pid(wall)}/fd").iterdir()))
+
+
 def test_a_dead_resolver_is_started_again_and_nothing_opens_meanwhile(wall, world):
     cell = make(wall, "oci")
     listing = subprocess.run(

@@ -313,6 +313,95 @@ def test_the_next_command_repairs_when_there_is_no_guard(wall, world):
     cell.close()
 
 
+def test_one_of_two_accepts_is_made_up_for_once(quiet, world):
+    """Half of ours in another firewall's chain: put back to two, and not to more and more."""
+    instance = quiet("half")
+    world.host.run("nft", "-f", "-", stdin=FOREIGN_RULES["docker"])
+    try:
+        cell = Cell(instance, "oci", app=SHELL, process=COMMAND)
+        link = show(instance)["link"]
+        delete_rules(world.host.run, "ip filter", f'oifname "{link}" counter')
+        wait_for(lambda: bool(cell.attempt([("tcp", PUBLIC, PORT)], wait=0.3)), 5, "the accept, again")
+        time.sleep(1)
+        assert world.host.run("nft", "list", "ruleset").count(f'comment "sandbox {link}"') == 2
+        cell.close()
+        instance.remove_network()
+    finally:
+        world.host.run("nft", "delete", "table", "ip", "filter")
+
+
+def test_a_take_down_that_was_killed_is_begun_again(quiet, world):
+    instance = quiet("halfway")
+    before = host_state(world)
+    assert instance("run", "-q", "--engine", "oci", SHELL, "--", "true").status == 0
+    done = instance("firewall", "remove", mutant="die-in-take-down")
+    assert done.status == -signal.SIGKILL
+    assert instance("run", "-q", "--raw", "--engine", "oci", SHELL, "--", "echo", "fine").out == "fine\n"
+    instance.remove_network()
+    assert host_state(world) == before
+
+
+def test_gc_removes_a_router_without_dyno_and_guard(quiet, world):
+    instance = quiet("orphan")
+    before = host_state(world)
+    assert instance("run", "-q", "--engine", "oci", SHELL, "--", "true").status == 0
+    os.kill(guard_pid(instance), signal.SIGKILL)
+    time.sleep(0.1)
+    assert "the router, which had no dyno and no guard" in instance("gc").out
+    assert host_state(world) == before
+
+
+def test_a_neighbour_cannot_take_the_host_for_a_router(quiet, world):
+    """Forwarding is switched on for our link alone: what was no router before is none for anybody else."""
+    instance = quiet("norouter")
+    world.host.run("ip", "link", "add", "behind", "type", "dummy")
+    world.host.run("ip", "address", "add", "10.66.0.1/24", "dev", "behind")
+    world.host.run("ip", "link", "set", "behind", "up")
+    world.host.run(
+        "nft",
+        "add table ip probe; add chain ip probe out { type filter hook postrouting priority 200; }; add rule ip probe out oifname behind counter",
+    )
+    world.outside.run("ip", "route", "add", "10.66.0.0/24", "via", HOST)
+
+    def passed() -> int:
+        code = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('10.66.0.9', 9))"
+        world.outside.run("python3", "-c", code)
+        return int(world.host.run("nft", "list", "table", "ip", "probe").split("packets ")[1].split()[0])
+
+    try:
+        cell = Cell(instance, "oci", app=SHELL, process=COMMAND)
+        assert world.host.run("sysctl", "-n", "net.ipv4.conf.eth0.forwarding").strip() == "1"
+        assert passed() == 0
+        delete_rules(world.host.run, f"inet sandbox_{show(instance)['link'][4:]}", "eth0") if held(instance) else None
+        assert passed() == 1, "the control: without that rule the host is a router"
+        os.kill(guard_pid(instance), signal.SIGCONT)
+        cell.close()
+    finally:
+        world.host.run("nft", "delete", "table", "ip", "probe")
+        world.host.run("ip", "link", "delete", "behind")
+        world.outside.run("ip", "route", "delete", "10.66.0.0/24")
+
+
+def held(instance) -> bool:
+    os.kill(guard_pid(instance), signal.SIGSTOP)
+    return True
+
+
+def test_the_operators_newer_list_is_in_force_with_the_next_start(home, docker_host, world, tmp_path):
+    instance = make_instance(home, "newer", docker_host)
+    cell = Cell(instance, "oci", app=SHELL, process=COMMAND)
+    assert cell.attempt([("tcp", PUBLIC, PORT)])
+    instance.config = str(tmp_path / "host.toml")
+    Path(instance.config).write_text(f'deny = ["{PUBLIC}/32"]\n')
+    assert "denied ranges" in show(instance)["faults"]
+    assert instance("run", "-q", "--engine", "oci", SHELL, "--", "true").status == 0
+    assert show(instance)["faults"] == []
+    assert cell.attempt([("tcp", PUBLIC, PORT)]) == set()
+    assert {key[3] for key in cell.denied()} == {"operator"}
+    cell.close()
+    instance.remove_network()
+
+
 @pytest.fixture
 def quiet(home, docker_host, world):
     """A host namespace with nothing of ours in it, and an instance that is not yet on it."""
