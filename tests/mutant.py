@@ -312,7 +312,13 @@ def no_deny() -> None:
 
     router, host = ruleset.router, ruleset.host
     gone = ("meta mark set ip daddr map @deny4 goto deny", "ip daddr @hosts4 meta mark set 1 goto deny")
-    ruleset.router = lambda *a: router(*a).replace(gone[0], "").replace(gone[1], "")
+
+    def without(*arguments):
+        filled, rules = router(*arguments)
+        assert all(text in rules for text in gone)
+        return filled, rules.replace(gone[0], "").replace(gone[1], "")
+
+    ruleset.router = without
     ruleset.host = lambda *a: host(*a).replace("fib daddr type != unicast counter drop", "")
 
 
@@ -391,10 +397,15 @@ def set_full() -> None:
     from sandbox.firewall import ruleset
 
     router = ruleset.router
-    ruleset.router = lambda *a: router(*a).replace(
-        "set src4 { type ifname . ipv4_addr; size 65535; counter; }",
-        'set src4 { type ifname . ipv4_addr; size 1; counter; elements = { "full" . 192.0.2.1 } }',
-    )
+
+    def full(*arguments):
+        filled, rules = router(*arguments)
+        roomy = "set src4 { type ifname . ipv4_addr; size 65535; counter; }"
+        assert roomy in filled
+        tight = 'set src4 { type ifname . ipv4_addr; size 1; counter; elements = { "full" . 192.0.2.1 } }'
+        return filled.replace(roomy, tight), rules
+
+    ruleset.router = full
 
 
 def veth_gone() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from sandbox.config import Config
 from sandbox.firewall import router, ruleset
 from sandbox.firewall.layout import MARK, RULE_PRIORITY, Layout
-from sandbox.host.netlink import Netlink
 from sandbox.host.nft import Nft
 from sandbox.policy import egress
 from sandbox.policy.egress import RESOLVER
@@ -23,9 +22,7 @@ def document(config: Config) -> dict[str, Any]:
         records = router.records(layout)
         forwarding = any(record["egress"]["mode"] != "none" for record in records)
         faults = router.faults(layout, forwarding=forwarding)
-        net = Netlink()
-        denied = router.denied(layout, net)
-        net.close()
+        denied = router.denied_now(layout)
         with router.inside(layout):
             nft = Nft()
         host_nft = Nft()

@@ -140,9 +140,7 @@ class Guard:
         """What is always denied here; the host's addresses among it, looked up once a second."""
         now = time.monotonic()
         if now - self._denied_at > _POLL_S:
-            net = Netlink()
-            self._denied, self._denied_at = router.denied(self._layout, net), now
-            net.close()
+            self._denied, self._denied_at = router.denied_now(self._layout), now
         return self._denied
 
     async def run(self, ready: int) -> None:
@@ -267,7 +265,7 @@ class Guard:
                 found = router.faults(self._layout, forwarding=wanted)
                 if found:
                     router.repair(self._config, forwarding=wanted, by=who or "unknown", since=since)
-                if "router table" in found:
+                if {"router table", "denied ranges"} & set(found):
                     names.forget(self._policy)
         except (SandboxError, OSError) as error:
             self._retry = True  # with the next poll

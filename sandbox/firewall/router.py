@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import Any
@@ -191,7 +191,8 @@ def _create(layout: Layout) -> None:
             for name, value in _ROUTER_SYSCTLS:
                 _sysctl_if_there(name, value)
             inner, nft = Netlink(), Nft()
-        nft.run(ruleset.router(layout, denied(layout, net)))
+        for text in ruleset.router(layout, denied(layout), _hosts(layout, net)):
+            nft.run(text)
         inner.up(1)
         inner.address(1, IPv4Interface(f"{RESOLVER}/32"))
         net.veth(
@@ -312,16 +313,16 @@ def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
     with inside(layout):
         inner, nft = Netlink(), Nft()
     try:
-        text = ""
-        if "router table" in found:
-            text = "".join(f"table {t}\ndelete table {t}\n" for t in (ruleset.TABLE, "arp sandbox"))
-            text += ruleset.router(layout, denied(layout, net))
-            text += "".join(ruleset.add(record_elements(record)) for record in records(layout))
-        elif {"host addresses", "denied ranges"} & set(found):
-            text = ruleset.ranges(denied(layout, net))
-        if text:
-            nft.run(text)
-            state |= {"router": _router_digest(nft), "hosts": _hosts(layout, net), "deny": list(layout.config.deny)}
+        hosts = _hosts(layout, net)
+        if {"router table", "denied ranges"} & set(found):
+            filled, rules = ruleset.router(layout, denied(layout), hosts)
+            empty = "".join(f"table {t}\ndelete table {t}\n" for t in (ruleset.TABLE, "arp sandbox"))
+            nft.run(empty + filled + "".join(ruleset.add(record_elements(record)) for record in records(layout)))
+            nft.run(rules)
+        elif "host addresses" in found:
+            nft.run(ruleset.own_addresses(hosts, state["hosts"]))
+        if {"router table", "denied ranges", "host addresses"} & set(found):
+            state |= {"router": _router_digest(nft), "hosts": hosts, "deny": list(layout.config.deny)}
         for rule in _ROUTER_RULES:
             inner.rule(rule)
         idle = _not_forwarding(layout, net) if forwarding else []
@@ -406,11 +407,18 @@ def _take_down(layout: Layout) -> None:
         os.unlink(layout.netns)
 
 
-def denied(layout: Layout, net: Netlink) -> tuple[egress.Denied, ...]:
-    """What no dyno of this instance ever reaches: the fixed ranges, the pool, the host's addresses, the operator's."""
-    config = layout.config
-    deny = [egress.parse_network(text, where="deny") for text in config.deny]
-    return egress.denied_ranges(pool=config.pool, hosts=_hosts(layout, net), deny=deny)
+def denied(layout: Layout, hosts: Iterable[str] = ()) -> tuple[egress.Denied, ...]:
+    """What no dyno of this instance ever reaches: the fixed ranges, the pool, the operator's, and ``hosts``."""
+    deny = [egress.parse_network(text, where="deny") for text in layout.config.deny]
+    return egress.denied_ranges(pool=layout.config.pool, hosts=hosts, deny=deny)
+
+
+def denied_now(layout: Layout) -> tuple[egress.Denied, ...]:
+    """The same with the addresses that the host has at this moment."""
+    net = Netlink()
+    hosts = _hosts(layout, net)
+    net.close()
+    return denied(layout, hosts)
 
 
 def _hosts(layout: Layout, net: Netlink) -> list[str]:

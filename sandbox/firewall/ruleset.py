@@ -32,8 +32,13 @@ def _mark(reason: Reason) -> str:
     return f"meta mark set {reason:d} goto deny"
 
 
-def router(layout: Layout, denied: tuple[Denied, ...]) -> str:
-    """The router's tables. A set that grows never shares a rule with a verdict: a full set ends its rule."""
+def router(layout: Layout, denied: tuple[Denied, ...], hosts: Iterable[str]) -> tuple[str, str]:
+    """The router's tables, as two transactions: sets with their elements and empty chains, then the rules.
+
+    Not in one: rules are in force at the moment of the commit, and a set of ranges is published after it. For that
+    moment the rules would find no range that denies. Without rules, nothing is marked, so nothing is routed.
+    A set that grows never shares a rule with a verdict: a full set ends its rule.
+    """
     host, source = layout.host_address, layout.router_address
     per_dyno = "size 65535;"
     place = "ifname . ipv4_addr . inet_proto . inet_service"
@@ -187,18 +192,37 @@ table {TABLE} {{
   }}
 }}
 """  # noqa: S608 - not SQL: "set" and "update" are words of nftables, too
-    return text + ranges(denied)
-
-
-def ranges(denied: tuple[Denied, ...]) -> str:
-    """The text that replaces what is always denied, and leaves everything else in the table alone."""
+    skeleton, rules = _split(text)
     deny = ", ".join(f"{_range(item.first, item.last)} : {item.reason:d}" for item in denied)
-    hosts = [item for item in denied if item.reason is Reason.HOST]
-    own = ", ".join(str(IPv4Address(value)) for item in hosts for value in range(item.first, item.last + 1))
-    return (
-        f"flush map {TABLE} deny4\nadd element {TABLE} deny4 {{ {deny} }}\n"
-        f"flush set {TABLE} hosts4\nadd element {TABLE} hosts4 {{ {own} }}\n"
-    )
+    filled = f"add element {TABLE} deny4 {{ {deny} }}\nadd element {TABLE} hosts4 {{ {', '.join(hosts)} }}\n"
+    return skeleton + filled, rules
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The tables without the rules of their chains, and the rules."""
+    skeleton: list[str] = []
+    rules: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        begins, ends = line.startswith("  chain ") and not line.endswith("}"), line == "  }"
+        if inside and not ends:
+            (skeleton if line.startswith("    type ") else rules).append(line)
+            continue
+        inside = begins
+        skeleton.append(line)
+        if begins or ends or line.startswith(("table inet", "}")):
+            rules.append(line)
+    # The other table has no rules of its own: all it needs is in the skeleton.
+    start = next(number for number, line in enumerate(rules) if line.startswith("table inet"))
+    return "\n".join(skeleton) + "\n", "\n".join(rules[start:]) + "\n"
+
+
+def own_addresses(now: Iterable[str], before: Iterable[str]) -> str:
+    """The text that changes the host's addresses in the table, one by one and new ones first."""
+    come, gone = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+    lines = [f"add element {TABLE} hosts4 {{ {address} }}" for address in come]
+    lines += [f"delete element {TABLE} hosts4 {{ {address} }}" for address in gone]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def host(layout: Layout, switched: Iterable[str]) -> str:

@@ -354,9 +354,11 @@ def test_gc_removes_a_router_without_dyno_and_guard(quiet, world):
 def test_a_neighbour_cannot_take_the_host_for_a_router(quiet, world):
     """Forwarding is switched on for our link alone: what was no router before is none for anybody else."""
     instance = quiet("norouter")
-    world.host.run("ip", "link", "add", "behind", "type", "dummy")
+    world.host.run("ip", "link", "add", "behind", "type", "veth", "peer", "name", "behind1")
+    world.host.run("ip", "link", "set", "behind1", "up")
     world.host.run("ip", "address", "add", "10.66.0.1/24", "dev", "behind")
     world.host.run("ip", "link", "set", "behind", "up")
+    world.host.run("ip", "neigh", "add", "10.66.0.9", "lladdr", "02:00:00:00:00:09", "dev", "behind")
     world.host.run(
         "nft",
         "add table ip probe; add chain ip probe out { type filter hook postrouting priority 200; }; add rule ip probe out oifname behind counter",

@@ -85,7 +85,9 @@ def test_a_packet_in_words():
 
 
 def test_the_rules_do_not_depend_on_who_is_admitted():
-    text = ruleset.router(LAYOUT, egress.denied_ranges(pool=LAYOUT.config.pool, hosts=["192.0.2.1"]))
+    text, rules = ruleset.router(LAYOUT, egress.denied_ranges(pool=LAYOUT.config.pool), ["192.0.2.1"])
+    assert "type filter hook" not in rules
+    assert "goto deny" not in text, "no rule before the sets are published"
     wish = egress.make("allow", ["93.184.216.34/32:443", "api.example.com"])
     items = ruleset.elements("sbx-12345678", LAYOUT.place(7), wish, sizes.find("1x").traffic, 5000)
     assert {item.set for item in items} <= {
@@ -98,8 +100,9 @@ def test_the_rules_do_not_depend_on_who_is_admitted():
 
 def test_a_growing_set_never_decides_alone():
     """A full set ends its rule: only sets with one key per dyno may share a rule with a verdict."""
-    text = ruleset.router(LAYOUT, egress.denied_ranges())
-    for line in text.splitlines():
+    _, rules = ruleset.router(LAYOUT, egress.denied_ranges(), [])
+    assert len(rules.splitlines()) > 50
+    for line in rules.splitlines():
         if "update @" in line or "add @" in line:
             grows = any(word in line for word in ("ip daddr", "ip6 daddr", "ip saddr"))
             assert not (grows and line.rstrip().endswith(("drop", "deny", "log_drop", "accept", "return"))), line
