@@ -55,12 +55,10 @@ class Instance:
         if self.docker_host:
             options.append(f"--docker-host={self.docker_host}")
         command = [sys.executable, str(MUTANT), mutant or "none", *options, *arguments]
+        named = {"SANDBOX_POOL": self.pool, "SANDBOX_CONFIG": self.config}
+        # On the command line, so that no test can forget it.
+        command = ["env", *(f"{name}={value}" for name, value in named.items() if value), *command]
         return self.world.host.argv(*command) if self.world is not None else command
-
-    def environ(self, **more: str) -> dict[str, str]:
-        extra = {"SANDBOX_POOL": self.pool} if self.pool else {}
-        extra |= {"SANDBOX_CONFIG": self.config} if self.config else {}
-        return {**os.environ, **extra, **more}
 
     def __call__(
         self,
@@ -77,7 +75,7 @@ class Instance:
             input=data,
             capture_output=True,
             timeout=timeout,
-            env=self.environ(**environ),
+            env={**os.environ, **environ},
             check=False,
             cwd=ROOT,
         )
@@ -95,7 +93,6 @@ class Instance:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=ROOT,
-            env=self.environ(),
             **more,
         )
 

@@ -220,7 +220,8 @@ class Policy:
                     now = self._record(sender)
                     if now is None or (now["id"], now["egress"]) != (record["id"], wishes):
                         return dns.reply(query, asked, dns.REFUSED)
-                    self._admit(record, found)
+                    if wishes["mode"] == "allow":
+                        self._admit(record, found)
                     return answer
             except BlockingIOError:
                 await asyncio.sleep(0.02)

@@ -133,8 +133,6 @@ def memory_in_use() -> int:
 
 def measure(instance: Instance, world: World, docker_host: str, image: str) -> str:
     """The section of docs/PERFORMANCE.md. The caller is in the machine's own namespace; the product is not."""
-    environ = instance.environ()
-    os.environ.update({key: environ[key] for key in ("SANDBOX_POOL",) if key in environ})
     config = Config(str(instance.state), str(instance.run_dir), docker_host, pool=instance.pool or "172.16.0.0/16")
     config.make_folders()
     layout = Layout(config)

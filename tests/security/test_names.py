@@ -375,7 +375,6 @@ def test_a_host_whose_resolver_is_on_its_loopback(wall, world, tmp_path):
         ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *argv[2:]],
         capture_output=True,
         text=True,
-        env=wall.environ(),
         check=False,
     )
     assert done.stdout.strip() == str([0, [PUBLIC], False]), done
