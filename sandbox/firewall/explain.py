@@ -22,7 +22,8 @@ def document(config: Config) -> dict[str, Any]:
         records = router.records(layout)
         forwarding = any(record["egress"]["mode"] != "none" for record in records)
         faults = router.faults(layout, forwarding=forwarding)
-        denied = router.denied_now(layout)
+        denied = router.denied(layout)
+        hosts = router.read_state(layout)["hosts"]
         with router.inside(layout):
             nft = Nft()
         host_nft = Nft()
@@ -40,7 +41,10 @@ def document(config: Config) -> dict[str, Any]:
         "host_address": str(layout.host_address),
         "link": layout.host_link,
         "forwarding_devices": sorted(router.read_state(layout)["sysctls"]),
-        "denied": [{"range": egress.cidrs(item.first, item.last), "rule": item.reason.rule} for item in denied],
+        "denied": [
+            *({"range": address, "rule": "host"} for address in hosts),
+            *({"range": egress.cidrs(item.first, item.last), "rule": item.reason.rule} for item in denied),
+        ],
         "dynos": [
             {key: record[key] for key in ("name", "app", "id", "address", "port", "egress", "traffic", "link")}
             for record in records

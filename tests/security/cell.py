@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -177,6 +178,15 @@ def events(sandbox: Instance, event: str) -> list[dict]:
     return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
 
+def hold_guard(sandbox: Instance) -> int:
+    """Stops the guard at a moment when it does not hold the router's lock; its pid."""
+    pid = guard_pid(sandbox)
+    with (sandbox.run_dir / "net" / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
 @contextlib.contextmanager
 def without(
     sandbox: Instance,
@@ -190,8 +200,8 @@ def without(
 
     Afterwards the guard goes on, and has to put everything back by itself.
     """
-    pid = guard_pid(sandbox)
-    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: show(sandbox)["faults"] == [], 10, "a wall without faults")
+    pid = hold_guard(sandbox)
     try:
         for part in rules:
             delete_rules(lambda *words: router(sandbox, *words), "inet sandbox", part)

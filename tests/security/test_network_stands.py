@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import EXAMPLES, census, make_app, make_instance, wait_for
-from tests.security.cell import LOOP, Cell, delete_rules, events, guard_pid, records, router, show
+from tests.security.cell import LOOP, Cell, delete_rules, events, guard_pid, hold_guard, records, router, show
 from tests.world import DECOYS, HOST, METADATA, PRIVATE, PUBLIC
 
 SHELL = str(EXAMPLES / "shell")
@@ -257,8 +257,7 @@ def test_a_rule_taken_out_by_root_is_back_within_a_second(wall, world, taken):
 def test_with_the_guard_held_every_loss_still_fails_closed(wall, world):
     """Nobody repairs: the tables of router and host are gone, and stay gone; still nothing denied is reached."""
     knocking = Knocking(wall, world)
-    pid = guard_pid(wall)
-    os.kill(pid, signal.SIGSTOP)
+    pid = hold_guard(wall)
     try:
         world.host.run("nft", "flush", "ruleset")
         time.sleep(0.3)
@@ -277,8 +276,7 @@ def test_with_the_guard_held_every_loss_still_fails_closed(wall, world):
 def test_control_with_routes_where_others_have_them_a_flush_opens(wall, world):
     """The clause that fails closed is the routing by mark: with routes in the main table, a lost table lets packets out."""
     knocking = Knocking(wall, world)
-    pid = guard_pid(wall)
-    os.kill(pid, signal.SIGSTOP)
+    pid = hold_guard(wall)
     host_address = show(wall)["host_address"]
     try:
         router(wall, "ip", "route", "add", host_address, "dev", "uplink")
@@ -374,7 +372,9 @@ def test_a_neighbour_cannot_take_the_host_for_a_router(quiet, world):
         cell = Cell(instance, "oci", app=SHELL, process=COMMAND)
         assert world.host.run("sysctl", "-n", "net.ipv4.conf.eth0.forwarding").strip() == "1"
         assert passed() == 0
-        delete_rules(world.host.run, f"inet sandbox_{show(instance)['link'][4:]}", "eth0") if held(instance) else None
+        link = show(instance)["link"]
+        hold_guard(instance)
+        delete_rules(world.host.run, f"inet sandbox_{link[4:]}", "eth0")
         assert passed() == 1, "the control: without that rule the host is a router"
         os.kill(guard_pid(instance), signal.SIGCONT)
         cell.close()
@@ -382,11 +382,6 @@ def test_a_neighbour_cannot_take_the_host_for_a_router(quiet, world):
         world.host.run("nft", "delete", "table", "ip", "probe")
         world.host.run("ip", "link", "delete", "behind")
         world.outside.run("ip", "route", "delete", "10.66.0.0/24")
-
-
-def held(instance) -> bool:
-    os.kill(guard_pid(instance), signal.SIGSTOP)
-    return True
 
 
 def test_the_operators_newer_list_is_in_force_with_the_next_start(home, docker_host, world, tmp_path):
