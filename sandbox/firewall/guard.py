@@ -257,16 +257,19 @@ class Guard:
             due = noticed or self._retry or (live and router.stopped_forwarding(self._layout))
             self._retry = False
             if due:
-                state = router.read_state(self._layout)
-                # A command with a newer host configuration has changed what is denied.
-                self._config = self._config._replace(deny=tuple(state["deny"]))
-                self._layout = Layout(self._config)
-                wanted = live and state["forwarding"]
-                found = router.faults(self._layout, forwarding=wanted)
+                # Not while somebody repairs or changes it: half of that would look like a loss.
+                with router.locked(self._layout, shared=True, wait=False):
+                    self._follow()
+                    wanted = live and router.read_state(self._layout)["forwarding"]
+                    found = router.faults(self._layout, forwarding=wanted)
                 if found:
-                    router.repair(self._config, forwarding=wanted, by=who or "unknown", since=since)
+                    router.repair(self._config, forwarding=wanted, by=who or "unknown", since=since, follow=True)
+                    self._follow()
                 if {"router table", "denied ranges"} & set(found):
                     names.forget(self._policy)
+        except BlockingIOError:
+            self._changed.set()
+            self._since, self._who = since, who
         except (SandboxError, OSError) as error:
             self._retry = True  # with the next poll
             self._record("firewall not repaired", message=escape(str(error)))
@@ -277,6 +280,11 @@ class Guard:
                 self._leave()
             except (SandboxError, OSError) as error:
                 self._record("router not removed", message=escape(str(error)))
+
+    def _follow(self) -> None:
+        """A command with a newer host configuration may have changed what is denied."""
+        self._config = self._config._replace(deny=tuple(router.read_state(self._layout)["deny"]))
+        self._layout = Layout(self._config)
 
     def _leave(self) -> None:
         """Nobody needs the router: it goes, unless a dyno came while we looked."""

@@ -124,8 +124,12 @@ def ensure(config: Config, *, forwarding: bool) -> list[str]:
     return repair(config, forwarding=forwarding)
 
 
-def repair(config: Config, *, forwarding: bool, by: str = "unknown", since: float | None = None) -> list[str]:
+def repair(
+    config: Config, *, forwarding: bool, by: str = "unknown", since: float | None = None, follow: bool = False
+) -> list[str]:
     """Puts back whatever is missing and writes down what it was; makes the router when there is none.
+
+    ``follow``: what is denied stays as the last command made it, whatever the caller's configuration says.
 
     ``by``: who took it away, ``since``: the moment on the monotonic clock when that was noticed, for the record.
     """
@@ -141,6 +145,8 @@ def repair(config: Config, *, forwarding: bool, by: str = "unknown", since: floa
                 _take_down(layout)
                 raise
             return []
+        if follow:
+            layout = Layout(config._replace(deny=tuple(read_state(layout)["deny"])))
         pool = read_state(layout)["pool"]
         if pool != config.pool:
             raise HostError(

@@ -95,7 +95,7 @@ def test_the_first_packet_meets_the_wall(wall, world, engine, first):
     assert len(ids) >= STARTS, "every start tried, and was counted"
 
 
-def test_control_without_the_deny_rule_the_first_packet_arrives(home, world, docker_host, first, engine):
+def test_control_without_the_deny_rule_the_first_packet_arrives(wall, home, world, docker_host, first, engine):
     instance = make_instance(home, f"open-{engine}", docker_host)
     seen = local_seen(world)
     done = instance("run", "-q", "--raw", "--engine", engine, first, "worker", mutant="no-deny")
@@ -104,7 +104,7 @@ def test_control_without_the_deny_rule_the_first_packet_arrives(home, world, doc
     instance.remove_network()
 
 
-def test_control_a_wall_that_comes_late_lets_the_first_packet_out(home, world, docker_host, first):
+def test_control_a_wall_that_comes_late_lets_the_first_packet_out(wall, home, world, docker_host, first):
     """As the field does it: the process first, then the rules."""
     instance = make_instance(home, "late", docker_host)
     seen = local_seen(world)
@@ -352,6 +352,9 @@ def test_gc_removes_a_router_without_dyno_and_guard(quiet, world):
 def test_a_neighbour_cannot_take_the_host_for_a_router(quiet, world):
     """Forwarding is switched on for our link alone: what was no router before is none for anybody else."""
     instance = quiet("norouter")
+    for others in records_elsewhere(world):
+        others.remove_network()
+    world.host.run("sysctl", "-qw", "net.ipv4.conf.eth0.forwarding=0")
     world.host.run("ip", "link", "add", "behind", "type", "veth", "peer", "name", "behind1")
     world.host.run("ip", "link", "set", "behind1", "up")
     world.host.run("ip", "address", "add", "10.66.0.1/24", "dev", "behind")
