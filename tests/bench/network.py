@@ -27,7 +27,7 @@ from tests.world import PUBLIC, World
 ROUNDS = int(os.environ.get("BENCH_RUNS", "15"))
 POPULATIONS = (1, 100, 2000)
 # The caps of a size are not what is measured here: the largest class of flows, and rates that nobody reaches.
-FREE = Traffic(10_000, 4_000_000_000, 4_000_000_000)
+FREE = Traffic(8000, 4_000_000_000, 4_000_000_000)
 
 SEND = """
 import socket, sys, time
