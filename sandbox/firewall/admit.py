@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
 from typing import NamedTuple
 
 from sandbox.config import Config
@@ -110,7 +110,7 @@ def connect(config: Config, place: Place, namespace: str) -> None:
                 flags=IFF_NOARP,
             )
             index = net.index(record["link"])
-            net.address(index, place.interface.__class__(f"{place.gateway}/32"))
+            net.address(index, IPv4Interface(place.gateway))
             net.up(index)
             net.neighbour(index, place.address, OTHER_MAC)
             net.route(f"{place.address}/32", table=TABLE, device=index)
@@ -206,11 +206,10 @@ def withdraw(config: Config, link: str, address: str = "") -> None:
             if record is None or record["link"] != link:
                 continue
             if router.standing(layout):
-                with router.inside(layout):
-                    net, nft = Netlink(), Nft()
                 # In this order: a flush right after a change of sets waits for the kernel to free them (20 ms), and
                 # flows that a late packet makes now are cut again before the address is lent to anybody else.
                 with router.inside(layout):
+                    net, nft = Netlink(), Nft()
                     nfnetlink.cut_flows(int(record["number"]))
                 net.remove_link(link)
                 _remove(nft, router.record_elements(record))

@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 from sandbox import config as configs
@@ -211,37 +212,26 @@ class Guard:
 
     def _on_rules(self, link: socket.socket) -> None:
         """Somebody changed rules, here or in the router. Our own changes of elements look the same: one look tells."""
-        with suppress(BlockingIOError):
-            while True:
-                try:
-                    data = link.recv(1 << 18)
-                except OSError as error:
-                    if isinstance(error, BlockingIOError):
-                        raise
-                    data = b""  # more events than fit: look
-                change = nfnetlink.parse_change(data) if data else nfnetlink.Change(rules=True)
-                if change.rules and not self._changed.is_set():
-                    self._since = time.monotonic()
-                    self._changed.set()
-                if self._changed.is_set() and not self._who and change.pid not in (0, os.getpid()):
-                    self._who = f"{escape(change.program)} (pid {change.pid})"
+        for data in _received(link):
+            change = nfnetlink.parse_change(data) if data else nfnetlink.Change(rules=True)
+            if change.rules:
+                self._notice()
+            if self._changed.is_set() and not self._who and change.pid not in (0, os.getpid()):
+                self._who = f"{escape(change.program)} (pid {change.pid})"
 
     def _on_routing(self, link: socket.socket) -> None:
         """A routing rule or an address changed. The message has the number of the socket that asked: often a pid."""
-        with suppress(BlockingIOError):
-            while True:
-                try:
-                    data = link.recv(1 << 16)
-                except OSError as error:
-                    if isinstance(error, BlockingIOError):
-                        raise
-                    data = bytes(16)
-                if not self._changed.is_set():
-                    self._since = time.monotonic()
-                    self._changed.set()
-                pid = int.from_bytes(data[12:16], sys.byteorder)
-                if pid and not self._who:
-                    self._who = f"{_program(pid)} (pid {pid})"
+        for data in _received(link):
+            self._notice()
+            pid = int.from_bytes(data[12:16], sys.byteorder)
+            if pid and not self._who:
+                self._who = f"{_program(pid)} (pid {pid})"
+
+    def _notice(self) -> None:
+        """Something changed: the window counts from the first change that nobody has looked at yet."""
+        if not self._changed.is_set():
+            self._since = time.monotonic()
+            self._changed.set()
 
     def _look(self) -> None:
         """Compares everything with what was made, and puts back what is missing.
@@ -266,7 +256,7 @@ class Guard:
                     router.repair(self._config, forwarding=wanted, by=who or "unknown", since=since, follow=True)
                     self._follow()
                 if {"router table", "denied ranges"} & set(found):
-                    names.forget(self._policy)
+                    self._policy.forget()
         except BlockingIOError:
             self._changed.set()
             self._since, self._who = since, who
@@ -295,16 +285,9 @@ class Guard:
                 self._ended.set()
 
     def _on_log(self) -> None:
-        with suppress(BlockingIOError):
-            while True:
-                try:
-                    data = self._log.recv(1 << 18)
-                except OSError as error:
-                    if isinstance(error, BlockingIOError):
-                        raise
-                    continue  # samples were lost; the counters have them all
-                for packet in nfnetlink.parse_log(data):
-                    self._tell(packet)
+        for data in _received(self._log):  # samples that were lost are in the counters
+            for packet in nfnetlink.parse_log(data):
+                self._tell(packet)
 
     def _tell(self, packet: LoggedPacket) -> None:
         """One line in the dyno's own stream, if its supervisor listens, and in the firewall's log."""
@@ -353,6 +336,17 @@ def describe(payload: bytes) -> str:
     name = PROTOCOLS.get(protocol, str(protocol))
     port = payload[start + 2 : start + 4] if protocol in (6, 17, 132, 136) else b""
     return f"{name} {address}" + (f":{int.from_bytes(port)}" if len(port) == 2 else "")
+
+
+def _received(link: socket.socket) -> Iterator[bytes]:
+    """What waits on a socket, datagram by datagram; an empty one where the kernel had to drop some."""
+    while True:
+        try:
+            yield link.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            yield b""
 
 
 def _program(pid: int) -> str:

@@ -262,10 +262,9 @@ class Policy:
         if len(self._open) > 10_000:
             self._open = {key: until for key, until in self._open.items() if until > now}
 
-
-def forget(policy: Policy) -> None:
-    """The table was made anew: nothing is open any more."""
-    policy._open.clear()  # noqa: SLF001 - its own module
+    def forget(self) -> None:
+        """The table was made anew: nothing is open any more."""
+        self._open.clear()
 
 
 def dnsmasq(program: str) -> list[str]:

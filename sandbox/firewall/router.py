@@ -22,7 +22,6 @@ from sandbox.config import Config
 from sandbox.errors import HostError
 from sandbox.firewall import ruleset
 from sandbox.firewall.layout import (
-    GROUP,
     MARK,
     OTHER_MAC,
     ROUTER_MAC,
@@ -31,7 +30,7 @@ from sandbox.firewall.layout import (
     UPLINK,
     Layout,
 )
-from sandbox.host import netns
+from sandbox.host import journal, netns
 from sandbox.host import syscalls as sys
 from sandbox.host.netlink import IFF_NOARP, IFF_UP, MAIN, Netlink, Rule
 from sandbox.host.nft import Nft
@@ -80,17 +79,7 @@ def standing(layout: Layout) -> bool:
 
 def guarded(layout: Layout) -> bool:
     """Whether a guard holds its lock; the kernel drops it however the guard ends."""
-    try:
-        fd = os.open(f"{layout.folder}/guard.lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return journal.is_live(f"{layout.folder}/guard.lock")
 
 
 @contextmanager
@@ -137,12 +126,12 @@ def repair(
     with locked(layout):
         if not (standing(layout) and os.path.exists(layout.state)):
             check_pool(layout)
-            _take_down(layout)
+            remove(layout)
             try:
                 _create(layout)
                 _repair(layout, faults(layout, forwarding=forwarding), forwarding=forwarding)
             except BaseException:
-                _take_down(layout)
+                remove(layout)
                 raise
             return []
         if follow:
@@ -373,12 +362,9 @@ def _forget_accepts(layout: Layout, nft: Nft, where: tuple[str, str, str]) -> st
 
 
 def remove(layout: Layout) -> None:
-    """Takes the router down and leaves the host as it was. The caller holds the lock and stopped the guard."""
-    _take_down(layout)
+    """Takes the router down and leaves the host as it was; what was undone before is left alone.
 
-
-def _take_down(layout: Layout) -> None:
-    """Undoes everything; what was undone before is left alone.
+    The caller holds the lock and stopped the guard.
 
     The state goes first: a router without it is not standing, so an interrupted take-down is only begun again.
     """
@@ -562,6 +548,3 @@ def read_record(path: str) -> Json | None:
 
 def record_elements(record: Json) -> list[ruleset.Element]:
     return [ruleset.Element(*item) for item in record["elements"]]
-
-
-__all__ = ["GROUP", "ensure", "faults", "inside", "locked", "records", "remove", "standing"]
