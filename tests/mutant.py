@@ -297,7 +297,7 @@ def no_tcp_limit() -> None:
     from sandbox.host.cgroup import Cgroup
 
     Cgroup.limit_tcp = lambda *_: None
-    verify._CHECKS.pop(verify.Clause.MEMORY)
+    verify.CHECKS.pop(verify.Clause.MEMORY)
 
 
 def no_verify() -> None:

@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "run": "Run an app as a dyno, in the foreground.",
     "ps": "List the dynos that live on this host now.",
+    "report": "Prove the wall around a dyno, with evidence from the kernel.",
     "gc": "Remove what crashed runs left behind, and say what.",
     "firewall": "Explain the network wall, say what it denied, change it, remove it.",
     "doctor": "Say what this host can enforce, what it cannot, and what mends it.",

@@ -20,7 +20,7 @@ from sandbox.firewall import admit, guard, router
 from sandbox.firewall.layout import Place
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
-from sandbox.host.observe import shares_network
+from sandbox.host import observe
 from sandbox.host.stack import Stack
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
@@ -47,6 +47,7 @@ class Launch(NamedTuple):
     tty: bool = False
     stdin: bool = False
     port: int = 0  # what the host may reach, of a web process
+    slug_digest: str = ""
 
 
 class Phases:
@@ -181,11 +182,12 @@ class Dyno:
             if launch.policy.holds(Clause.MEMORY):
                 cgroup.limit_tcp(launch.policy.tcp_max_bytes)
             # Never into the host's own namespace, should an engine have given it: the verdict below names that.
-            if self.place is not None and not shares_network(container.pid):
+            if self.place is not None and not observe.shares_network(container.pid):
                 self.notices = _listen(f"{slot.folder}/firewall")
                 admit.connect(self._config, self.place, f"/proc/{container.pid}/ns/net")
                 self.phases.mark("connect")
             self._verify(spec, container, cgroup)
+            self._write_record(spec, container, cgroup, slot.folder)
             self.phases.mark("verify")
             _open_gate(gate, launch.env)
             os.unlink(f"{slot.paths.disk}/fixed/gate/fifo")
@@ -214,6 +216,34 @@ class Dyno:
                 + " ".join(f"--waive {clause}" for clause in clauses)
                 + " starts without that promise.",
             )
+
+    def _write_record(self, spec: ContainerSpec, container: Container, cgroup: Cgroup, folder: str) -> None:
+        from sandbox.dyno import record  # loaded by ``meanwhile``
+
+        launch, engine = self.launch, self._engine
+        held = (f"{pid} {fd}: {what}" for pid in cgroup.pids() for fd, what in observe.descriptors(pid).items())
+        record.write(
+            folder,
+            record.Record(
+                name=launch.name,
+                app=launch.app,
+                engine=engine.name,
+                runtime=engine.runtime,
+                user_namespace=engine.user_namespaces,
+                spec=spec,
+                place=self.place,
+                port=launch.port,
+                pid=container.pid,
+                start_ticks=observe.start_ticks(container.pid),
+                started=time.time(),
+                boot_id=observe.boot_id(),
+                stack_digest=launch.stack.digest,
+                stack_manifest=launch.stack.manifest,
+                slug_digest=launch.slug_digest,
+                env_names=tuple(sorted(launch.env)),
+                descriptors=tuple(held),
+            ),
+        )
 
     def _disk_used(self) -> tuple[int, int]:
         if self.slot is None:

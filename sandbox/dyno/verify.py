@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sandbox.config import Config
 from sandbox.errors import HostError
@@ -59,7 +59,7 @@ def differences(subject: Subject) -> list[Difference]:
     Evidence that cannot be read is a difference of its clause, never a pass.
     """
     found: list[Difference] = []
-    for clause, check in _CHECKS.items():
+    for clause, check in CHECKS.items():
         if not subject.spec.policy.holds(clause):
             continue
         try:
@@ -75,7 +75,7 @@ Check = Callable[[Subject], Iterator[tuple[str, str]]]
 def _uid(subject: Subject) -> Iterator[tuple[str, str]]:
     spec = subject.spec
     own = (spec.host_uid,) * 4
-    for thread in _threads(subject):
+    for thread in threads(subject):
         if thread.uids != own or thread.gids != own:
             yield f"ids {spec.host_uid} only", f"thread {thread.tid}: uids {thread.uids}, gids {thread.gids}"
         if not set(thread.groups) <= {spec.host_uid}:
@@ -83,35 +83,55 @@ def _uid(subject: Subject) -> Iterator[tuple[str, str]]:
     if not subject.user_namespace:
         return
     expected = [(0, spec.uid_base, UIDS_PER_DYNO)]
-    for pid in subject.pids:
-        for kind in ("uid", "gid"):
-            rows = observe.id_map(pid, kind)
+    for _, maps in living(subject, lambda pid: {kind: observe.id_map(pid, kind) for kind in ("uid", "gid")}):
+        for kind, rows in maps.items():
             if rows != expected:
                 yield f"{kind} map {expected}", f"{rows}"
-        if observe.namespace(pid, "user") == observe.namespace("self", "user"):
+    for _, inode in living(subject, lambda pid: observe.namespace(pid, "user")):
+        if inode == observe.namespace("self", "user"):
             yield "a user namespace of its own", "the host's"
 
 
-def _threads(subject: Subject) -> Iterator[observe.Thread]:
+def threads(subject: Subject) -> Iterator[observe.Thread]:
+    """Every thread of every process: credentials and filters are per thread."""
+    for _, found in living(subject, observe.threads):
+        yield from found
+
+
+T = TypeVar("T")
+
+
+def living(subject: Subject, read: Callable[[int], T]) -> Iterator[tuple[int, T]]:
+    """What ``read`` says of every process; one that ends meanwhile is left out, unless it is init.
+
+    Behind the gate none ends. In a live dyno they come and go; what cannot be read of one that lives is an error.
+    """
     for pid in subject.pids:
-        yield from observe.threads(pid)
+        try:
+            value = read(pid)
+        except (HostError, OSError, KeyError, ValueError):
+            if pid == subject.init or not observe.ended(pid):
+                raise
+            continue
+        if pid == subject.init or not observe.ended(pid):
+            yield pid, value
 
 
 def _capabilities(subject: Subject) -> Iterator[tuple[str, str]]:
-    for thread in _threads(subject):
+    for thread in threads(subject):
         held = {name: f"{value:#x}" for name, value in thread.capabilities.items() if value}
         if held:
             yield "no capability", f"thread {thread.tid}: {held}"
 
 
 def _no_new_privileges(subject: Subject) -> Iterator[tuple[str, str]]:
-    for thread in _threads(subject):
+    for thread in threads(subject):
         if not thread.no_new_privileges:
             yield "no_new_privs is set", f"thread {thread.tid}: not set"
 
 
 def _seccomp(subject: Subject) -> Iterator[tuple[str, str]]:
-    for thread in _threads(subject):
+    for thread in threads(subject):
         if thread.seccomp_mode != 2 or thread.seccomp_filters == 0:
             yield (
                 "a system-call filter",
@@ -124,7 +144,7 @@ def _namespaces(subject: Subject) -> Iterator[tuple[str, str]]:
         if kind == "user":
             continue
         host = observe.namespace("self", kind)
-        inodes = {observe.namespace(pid, kind) for pid in subject.pids}
+        inodes = {inode for _, inode in living(subject, lambda pid, kind=kind: observe.namespace(pid, kind))}
         if host in inodes:
             yield f"its own {kind} namespace", f"the supervisor's ({host})"
         elif len(inodes) != 1:
@@ -265,16 +285,15 @@ def _cpu(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def _rlimits(subject: Subject) -> Iterator[tuple[str, str]]:
-    for pid in subject.pids:
-        observed = observe.rlimits(pid)
+    for _, observed in living(subject, observe.rlimits):
         for limit in subject.spec.policy.rlimits:
             if observed.get(limit.name) != (limit.soft, limit.hard):
                 yield f"{limit.name} {limit.soft}:{limit.hard}", f"{observed.get(limit.name)}"
 
 
 def _oom_score(subject: Subject) -> Iterator[tuple[str, str]]:
-    for pid in subject.pids:
-        yield from _equal("oom_score_adj", subject.spec.policy.oom_score, observe.oom_score_adj(pid))
+    for _, value in living(subject, observe.oom_score_adj):
+        yield from _equal("oom_score_adj", subject.spec.policy.oom_score, value)
 
 
 def _descriptors(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -285,7 +304,7 @@ def _descriptors(subject: Subject) -> Iterator[tuple[str, str]]:
                 yield "standard input and output only", f"process {pid} holds {fd}: {what}"
 
 
-_CHECKS: dict[Clause, Check] = {
+CHECKS: dict[Clause, Check] = {
     Clause.UID: _uid,
     Clause.CAPABILITIES: _capabilities,
     Clause.NO_NEW_PRIVILEGES: _no_new_privileges,

@@ -98,8 +98,12 @@ class DockerEngine:
         if "error" in str(answer):
             raise EngineError(f"Docker did not take the stack image: {escape(str(answer)[-300:])}")
 
+    def document(self, spec: ContainerSpec) -> docker_body.Json:
+        """The body of the create request."""
+        return docker_body.create_body(spec)
+
     def create(self, spec: ContainerSpec, folder: str) -> Container:
-        body = docker_body.create_body(spec)
+        body = self.document(spec)
         labels = body["Labels"]
         assert isinstance(labels, dict)  # noqa: S101 - our own literal, for the type checker
         labels[_HOST_LABEL] = self._config.host

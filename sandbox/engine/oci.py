@@ -70,15 +70,23 @@ class OciEngine:
     def prepare(self, stack_digest: str, stack_root: str) -> str:
         return stack_digest
 
+    def document(self, spec: ContainerSpec) -> oci.Json:
+        """The content of the bundle's config.json."""
+        return oci.config(spec)
+
+    def limits(self, spec: ContainerSpec) -> list[str]:
+        """The arguments of prlimit(1) for the shim."""
+        return oci.shim_limits(spec.policy)
+
     def create(self, spec: ContainerSpec, folder: str) -> Container:
         bundle, exits = f"{folder}/bundle", f"{folder}/exit"
         os.mkdir(bundle, 0o711)
         os.mkdir(exits, 0o700)
         with open(f"{bundle}/config.json", "w", encoding="utf-8") as file:
             # dumps, not dump: only the former uses the C encoder (1 ms instead of 10).
-            file.write(json.dumps(oci.config(spec)))
+            file.write(json.dumps(self.document(spec)))
         argv = [
-            *(hostcmd.require("prlimit", "util-linux"), *oci.shim_limits(spec.policy), "--", self._conmon),
+            *(hostcmd.require("prlimit", "util-linux"), *self.limits(spec), "--", self._conmon),
             *("--api-version", "1", "-c", spec.container_id, "-u", spec.container_id, "-n", spec.container_id),
             *(
                 "-r",

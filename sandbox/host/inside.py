@@ -6,6 +6,7 @@ instruction of the app.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -49,6 +50,50 @@ def restrict_engine_mounts(pid: int, *, max_terminals: int) -> None:
         _in_child(action, "restricting the root file system")
     finally:
         os.close(fd)
+
+
+_NS_GET_USERNS = 0xB701  # linux/nsfs.h
+
+
+def namespace_owners(pid: int) -> dict[str, int]:
+    """The inode of the user namespace that owns each of a process's namespaces, see ioctl_ns(2)."""
+    found = {}
+    for kind in ("mnt", "net", "uts", "ipc", "pid", "cgroup"):
+        fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            owner = fcntl.ioctl(fd, _NS_GET_USERNS)
+            try:
+                found[kind] = os.fstat(owner).st_ino
+            finally:
+                os.close(owner)
+        finally:
+            os.close(fd)
+    return found
+
+
+def user_limits(pid: int) -> dict[str, int]:
+    """The limits in /proc/sys/user, which the kernel shows for the user namespace of whoever reads them."""
+    fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    own = os.fstat(fd).st_ino == os.stat("/proc/self/ns/user").st_ino
+    read_end, write_end = os.pipe()
+
+    def action() -> None:
+        if not own:
+            # Its capabilities end with the namespace it leaves; reading these files needs none.
+            sys.setns(fd, sys.CLONE_NEWUSER)
+        lines = []
+        for name in sorted(os.listdir("/proc/sys/user")):
+            with open(f"/proc/sys/user/{name}", encoding="ascii") as file:
+                lines.append(f"{name} {file.read()}")
+        os.write(write_end, "".join(lines).encode())
+
+    try:
+        _in_child(action, "reading the limits of its user namespace")
+        text = os.read(read_end, 65536).decode()
+    finally:
+        for end in (fd, read_end, write_end):
+            os.close(end)
+    return {line.split()[0]: int(line.split()[1]) for line in text.splitlines()}
 
 
 class Fetch:

@@ -53,6 +53,7 @@ class MountLine(NamedTuple):
     flags: frozenset[str]
     options: str
     propagation: str
+    mount_id: int
 
 
 def threads(pid: int) -> list[Thread]:
@@ -115,6 +116,7 @@ def mounts(pid: int | str) -> list[MountLine]:
                 flags=frozenset(fields[5].split(",")),
                 options=options,
                 propagation=" ".join(fields[6:]),
+                mount_id=int(fields[0]),
             )
         )
     return found
@@ -146,6 +148,18 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
+def mount_of(path: str) -> int:
+    """The id of the mount on which what the path leads to lies, see fdinfo in proc(5); links of /proc are followed.
+
+    Device numbers would not do: an overlay shows those of its layers.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return int(_table(f"/proc/self/fdinfo/{fd}")["mnt_id"])
+    finally:
+        os.close(fd)
+
+
 def interfaces(pid: int) -> list[str]:
     """The network interfaces in the process's network namespace."""
     return [line.split(":")[0].strip() for line in _read(f"/proc/{pid}/net/dev").splitlines()[2:]]
@@ -173,6 +187,38 @@ def name(pid: int) -> str:
 
 def alive(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
+
+
+def status(pid: int) -> dict[str, str]:
+    """The fields of /proc/PID/status."""
+    return _table(f"/proc/{pid}/status")
+
+
+def ended(pid: int | str) -> bool:
+    """Whether the process is gone or a zombie: there is nothing left of it to examine."""
+    try:
+        return _stat_fields(pid)[0] in ("Z", "X")
+    except HostError:
+        return True
+
+
+def start_ticks(pid: int) -> int:
+    """When the process started, in clock ticks since boot: with the pid, the identity of a process."""
+    return int(_stat_fields(pid)[19])
+
+
+def parent(pid: int) -> int:
+    """The parent's pid; 0 when it is outside of what we see."""
+    return int(_stat_fields(pid)[1])
+
+
+def _stat_fields(pid: int | str) -> list[str]:
+    """The fields of /proc/PID/stat after the name, which is foreign text and may hold spaces and brackets."""
+    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+
+
+def boot_id() -> str:
+    return _read("/proc/sys/kernel/random/boot_id").strip()
 
 
 def _read(path: str) -> str:

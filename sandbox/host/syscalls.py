@@ -20,7 +20,7 @@ _libc.syscall.restype = ctypes.c_long
 
 # include/uapi/linux/mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_NOATIME, MS_BIND, MS_PRIVATE = 32, 1024, 4096, 1 << 18
+MS_REMOUNT, MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 32, 1024, 4096, 1 << 14, 1 << 18, 1 << 20
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
@@ -72,21 +72,31 @@ def clone_mount(source: str, target: str, *, attributes: int, userns_fd: int | N
     open_tree(2), mount_setattr(2) and move_mount(2): the copy gets its restrictions before anybody can see it, and
     one call sets what a bind mount needs a racy remount for.
     """
-    tree = _check(
-        _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, source.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC),
-        f"open_tree {source}",
-    )
+    tree = take_tree(source)
     try:
         idmap = 0 if userns_fd is None else _ATTR_IDMAP
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd; private from birth.
         attr = struct.pack("=QQQQ", attributes | idmap, 0, MS_PRIVATE, userns_fd or 0)
         _check(_libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, len(attr)), f"mount_setattr {source}")
-        _check(
-            _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH),
-            f"move_mount {target}",
-        )
+        put_tree(tree, target)
     finally:
         os.close(tree)
+
+
+def take_tree(source: str) -> int:
+    """A descriptor of a copy of the mount at ``source`` that is attached nowhere yet."""
+    return _check(
+        _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, source.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC),
+        f"open_tree {source}",
+    )
+
+
+def put_tree(tree: int, target: str) -> None:
+    """Attaches what ``take_tree`` returned, in the mount namespace that the caller is in now."""
+    _check(
+        _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH),
+        f"move_mount {target}",
+    )
 
 
 def restrict_mount(target: str, *, attributes: int) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 _LOW_WORD = 0xFFFFFFFF
@@ -187,6 +188,26 @@ def rules() -> tuple[Rule, ...]:
     # sync(2) flushes every file system of the host: a stall for all. It has no way to fail, so it does nothing.
     allow.append(Rule(("sync",), refuse=0))
     return tuple(allow)
+
+
+def verdict(call: str, arguments: Sequence[int] = ()) -> int | None:
+    """What the policy does to a call of x86-64: the errno with which it is refused, or None when it is allowed.
+
+    Where a call is partly allowed by values, any rule whose conditions all hold decides; they never contradict.
+    """
+    for rule in _rules_of().get(call, ()):
+        if all(((arguments[a.position] if a.position < len(arguments) else 0) & a.mask) == a.value for a in rule.args):
+            return rule.refuse
+    return errno.EPERM
+
+
+@cache
+def _rules_of() -> dict[str, tuple[Rule, ...]]:
+    found: dict[str, list[Rule]] = {}
+    for rule in rules():
+        for call in rule.calls:
+            found.setdefault(call, []).append(rule)
+    return {call: tuple(mine) for call, mine in found.items()}
 
 
 def document() -> dict[str, object]:

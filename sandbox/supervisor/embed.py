@@ -108,17 +108,7 @@ def run(
     phases.mark("reclaim")
     host = facts.read()
     source = sources.scan(request.path)
-    policy = policies.make(
-        sizes.find(request.size),
-        host_memory_bytes=host.memory_bytes,
-        swap=host.swap,
-        memory_bytes=request.memory_bytes,
-        cpus=request.cpus,
-        pids=request.pids,
-        disk_bytes=request.disk_bytes,
-        waived=request.waived,
-        egress=_egress(config, request, source),
-    )
+    policy = _policy(config, request, source)
     plan = _plan(source, request)
     command, process_type = _command(plan, request)
     if request.get and process_type != "web":
@@ -151,6 +141,7 @@ def run(
         tty=request.tty,
         stdin=request.stdin_fd >= 0,
         port=PORT if process_type == "web" else 0,
+        slug_digest=slug.digest,
     )
     dyno = Dyno(config, engine, launch, phases=phases)
     log = KernelLog()
@@ -232,6 +223,41 @@ def run(
     return Report(document, end)
 
 
+class Promised(NamedTuple):
+    """What a run of a request would promise, without running it."""
+
+    app: str
+    policy: Policy
+    stack: Stack
+    env_names: tuple[str, ...]
+
+
+def promised(config: Config, request: Request) -> Promised:
+    """The policy that ``run`` would give that request, and what else its dyno would get."""
+    source = sources.scan(request.path)
+    policy = _policy(config, request, source)
+    plan = _plan(source, request)
+    _, process_type = _command(plan, request)
+    env = _environment(f"{process_type}.1", process_type, policy, request, plan)
+    stack = stacks.find(config, Variant.RUNTIME)
+    return Promised(names.app_name(request.path), policy, stack, tuple(sorted(env)))
+
+
+def _policy(config: Config, request: Request, source: sources.Source) -> Policy:
+    host = facts.read()
+    return policies.make(
+        sizes.find(request.size),
+        host_memory_bytes=host.memory_bytes,
+        swap=host.swap,
+        memory_bytes=request.memory_bytes,
+        cpus=request.cpus,
+        pids=request.pids,
+        disk_bytes=request.disk_bytes,
+        waived=request.waived,
+        egress=_egress(config, request, source),
+    )
+
+
 def _stop_if_interrupted(signals: int) -> None:
     """A signal that came while we could not be interrupted, before anything was started."""
     if signals >= 0 and select.select([signals], [], [], 0)[0] and set(os.read(signals, 64)) - {signal.SIGWINCH}:
@@ -252,6 +278,7 @@ def _reclaim(config: Config, progress: Progress) -> None:
 def _load(more: Callable[[], None]) -> None:
     """Imports what is needed after the container was made, while the engine makes it: a fifth of the start."""
     import sandbox.dyno.exits
+    import sandbox.dyno.record
     import sandbox.dyno.verify
     import sandbox.dyno.watch
     import sandbox.engine.conmon

@@ -1,0 +1,362 @@
+"""``sandbox report``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sandbox.cli.main import Context, say
+from sandbox.errors import SandboxError, UsageError
+from sandbox.units import show
+
+if TYPE_CHECKING:
+    from sandbox.dyno.record import Record
+    from sandbox.report.twin import Wanted
+
+Document = dict[str, Any]
+_HELP = {"help_option_names": ["-h", "--help"]}
+FORMATS = ("text", "json", "html", "sarif", "junit")
+_SUFFIXES = {".txt": "text", ".json": "json", ".html": "html", ".htm": "html", ".sarif": "sarif", ".xml": "junit"}
+
+
+class _Default(click.Group):
+    """``sandbox report web.1``: a word that is no command names a dyno or an app."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = next((arg for arg in args if not arg.startswith("-")), None)
+        if not (first in self.commands or set(args) & {"-h", "--help"}):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("report", cls=_Default, context_settings=_HELP)
+def command() -> None:
+    r"""Prove the wall around a dyno, with evidence from the kernel.
+
+    \b
+    sandbox report run.4821              a live dyno: what the kernel says now
+    sandbox report ./app                 attack a twin with the app's policy
+    sandbox report --full ./app          and take every clause out of twins once
+    sandbox report --format html -o FILE --format sarif -o FILE ./app
+
+    \b
+    Exit codes: 0 all pass; 1 something is open, or the exposure is above
+    --threshold; 2 something is unproven, with --strict; 3 our own error.
+    """
+    if os.geteuid() != 0:
+        raise UsageError("sandbox report needs root: it reads the kernel's state.", hint="sudo sandbox report ...")
+
+
+def _options(function: Any) -> Any:
+    for option in reversed(
+        (
+            click.option("--full", is_flag=True, help="Attack a twin, and take every clause out of twins once."),
+            click.option("--format", "formats", multiple=True, type=click.Choice(FORMATS), help="Repeatable; each with its own -o."),
+            click.option("-o", "--output", "outputs", multiple=True, metavar="FILE", help="Where a format goes; - is stdout."),
+            click.option("--threshold", type=float, metavar="N", help="Exit code 1 when the exposure (0 to 10) is above N."),
+            click.option("--strict", is_flag=True, help="Exit code 2 when something is unproven."),
+            click.option("--engine", default="auto", show_default=True, metavar="auto|oci|docker"),
+            click.option("--runtime", metavar="runc|crun|runsc"),
+            click.option("-s", "--size", default="standard-1x", show_default=True, help="The dyno size of a twin."),
+            click.option("--egress", metavar="WHAT", help="The egress of a twin; default: the app's own."),
+            click.option("--smtp", is_flag=True, help="The twin may reach port 25."),
+            click.option("--waive", multiple=True, metavar="CLAUSE", help="A clause that the twin may lack (repeatable)."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress."),
+        )
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@command.command("make", hidden=True, context_settings=_HELP)
+@click.argument("what")
+@_options
+@click.pass_obj
+def make_command(context: Context, what: str, **options: Any) -> int:
+    """Report on a live dyno, or on a twin of an app."""
+    return _guarded(lambda: _make(context, what, options))
+
+
+def _guarded(action: Any) -> int:
+    """Our own errors are exit code 3 here: 1 and 2 speak about the wall. Bad usage stays 2, before anything ran."""
+    try:
+        result = action()
+    except UsageError:
+        raise
+    except SandboxError as error:
+        error.exit_code = 3
+        raise
+    return int(result)
+
+
+def _make(context: Context, what: str, options: dict[str, Any]) -> int:
+    from sandbox.report import make, seal
+
+    targets = _targets(options["formats"], options["outputs"])
+    config = context.config
+    config.make_folders()
+    _writable(targets)
+    progress = _progress(quiet=options["quiet"])
+    if os.path.isdir(what):
+        made = _twin(context, what, options, progress)
+    elif "/" in what or os.path.exists(what):
+        raise UsageError(f"{show(what)} is not a folder with an app.", hint="sandbox report ./app, or a dyno's name.")
+    else:
+        record = make.of_dyno(config, what)
+        if options["full"]:
+            made = make.twin(config, _wanted_of(config, record), _record_maker(config, record), full=True, progress=progress)  # fmt: skip
+        else:
+            made = make.live(config, record)
+    progress.close()
+    document, path = seal.keep(config, make.finish(config, made, with_host=made.mode != "live"))
+    write(document, targets)
+    if not options["quiet"]:
+        say(f"sandbox: report kept as {path}")
+    return status(document, threshold=options["threshold"], strict=options["strict"])
+
+
+def _progress(*, quiet: bool) -> Any:
+    from sandbox.cli.progress import Progress
+
+    return Progress(quiet=quiet)
+
+
+def _targets(formats: tuple[str, ...], outputs: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Which format goes where: pairs in order; a lone -o says its format by its ending."""
+    if not formats and not outputs:
+        return [("text", "-")]
+    if not formats:
+        formats = tuple(_by_suffix(path) for path in outputs)
+    if len(outputs) > len(formats):
+        raise UsageError(f"{len(outputs)} outputs for {len(formats)} formats.", hint="one --format for each -o.")
+    return list(zip(formats, (*outputs, *["-"] * (len(formats) - len(outputs))), strict=True))
+
+
+def _by_suffix(path: str) -> str:
+    found = _SUFFIXES.get(os.path.splitext(path)[1].lower())
+    if found is None:
+        raise UsageError(f"the format of {show(path)} is not clear.", hint="--format " + "|".join(FORMATS))
+    return found
+
+
+def _writable(targets: list[tuple[str, str]]) -> None:
+    """Before minutes of work, not after."""
+    for _, path in targets:
+        if path != "-":
+            folder = os.path.dirname(os.path.abspath(path))
+            if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+                raise UsageError(f"{show(path)} cannot be written.", hint="-o FILE in a folder that exists.")
+
+
+def write(document: Document, targets: list[tuple[str, str]]) -> None:
+    """Each format to its place; a file appears whole or not at all."""
+    from sandbox.report.render import formats, text
+
+    for name, path in targets:
+        if path == "-":
+            if name == "text":
+                colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+                width = os.get_terminal_size().columns if sys.stdout.isatty() else 100
+                content = text.render(document, colour=colour or bool(os.environ.get("FORCE_COLOR")), width=width)
+            else:
+                content = formats()[name](document)
+            sys.stdout.write(content)
+            sys.stdout.flush()
+            continue
+        draft = f"{path}.{os.getpid()}.new"
+        try:
+            with open(draft, "w", encoding="utf-8") as file:
+                file.write(formats()[name](document))
+            os.replace(draft, path)
+        except OSError as error:
+            if os.path.exists(draft):
+                os.unlink(draft)
+            raise SandboxError(
+                f"{show(path)} cannot be written: {error.strerror}.", hint="the report is kept; `sandbox report list` says where."
+            ) from error  # fmt: skip
+
+
+def status(document: Document, *, threshold: float | None, strict: bool) -> int:
+    """The exit code that a report amounts to."""
+    summary = document["summary"]
+    counts = summary["counts"]
+    if counts["error"]:
+        return 3
+    if counts["fail"] or (threshold is not None and summary["exposure"] * 10 > threshold + 1e-9):
+        return 1
+    return 2 if strict and counts["unproven"] else 0
+
+
+def _twin(context: Context, path: str, options: dict[str, Any], progress: Any) -> Any:
+    from sandbox.report import make
+
+    wanted = wanted_for(context, path, options)
+    return make.twin(context.config, wanted, _twin_record(wanted), full=options["full"], progress=progress)
+
+
+def wanted_for(context: Context, path: str, options: dict[str, Any]) -> Wanted:
+    """What a twin of the app is: the policy that `sandbox run` would give it, on the engine that it would take."""
+    from sandbox.policy.clauses import parse_waivers
+    from sandbox.report.twin import Wanted
+    from sandbox.supervisor import embed, engines
+
+    request = embed.Request(
+        path=path, size=options["size"], engine=options["engine"], runtime=options["runtime"],
+        waived=parse_waivers(options["waive"]), egress=options["egress"] or "", smtp=options["smtp"],
+    )  # fmt: skip
+    promised = embed.promised(context.config, request)
+    engine, _ = engines.choose(context.config, request.engine, request.runtime, request.waived)
+    return Wanted(promised.app, promised.policy, engine.name, engine.runtime, promised.stack, promised.env_names)
+
+
+def _twin_record(wanted: Wanted) -> Any:
+    """The record of a twin that is gone, for the head of its report."""
+    from sandbox.dyno.record import Record
+    from sandbox.host import observe
+    from sandbox.policy.spec import ContainerSpec, SlotPaths
+
+    def make(_: Any) -> Record:
+        spec = ContainerSpec("twin", "twin-1", (), wanted.policy, SlotPaths("", "", "", ""), 0, "", "")
+        return Record(
+            name=f"a twin of {wanted.app}", app=wanted.app, engine=wanted.engine, runtime=wanted.runtime,
+            user_namespace=wanted.engine == "oci", spec=spec, place=None, port=5000, pid=0, start_ticks=0, started=0.0,
+            boot_id=observe.boot_id(), stack_digest=wanted.stack.digest, stack_manifest=wanted.stack.manifest,
+            slug_digest="", env_names=wanted.env_names, descriptors=(),
+        )  # fmt: skip
+
+    return make
+
+
+def _wanted_of(config: Any, record: Record) -> Wanted:
+    from sandbox.host import stack
+    from sandbox.report.twin import Wanted
+
+    found = stack.find(config, stack.Variant.RUNTIME)
+    return Wanted(record.app, record.spec.policy, record.engine, record.runtime, found, record.env_names)
+
+
+def _record_maker(config: Any, record: Record) -> Any:
+    return lambda _: record
+
+
+@command.command("list", context_settings=_HELP)
+@click.pass_obj
+def list_command(context: Context) -> int:
+    """List the reports that are kept."""
+
+    def action() -> int:
+        from sandbox.report import seal
+
+        paths = seal.kept(context.config)
+        for path in paths:
+            click.echo(path)
+        if not paths:
+            say("No report is kept here.")
+        return 0
+
+    return _guarded(action)
+
+
+@command.command("show", context_settings=_HELP)
+@click.argument("file")
+@click.option("--format", "formats", multiple=True, type=click.Choice(FORMATS))
+@click.option("-o", "--output", "outputs", multiple=True, metavar="FILE")
+@click.pass_obj
+def show_command(_: Context, file: str, formats: tuple[str, ...], outputs: tuple[str, ...]) -> int:
+    """Show a report from its JSON file, in any format. It is not verified: see verify."""
+
+    def action() -> int:
+        from sandbox.report import seal
+
+        targets = _targets(formats, outputs)
+        _writable(targets)
+        write(seal.load(file), targets)
+        return 0
+
+    return _guarded(action)
+
+
+@command.command("verify", context_settings=_HELP)
+@click.argument("file")
+@click.option("--key", "key", metavar="FILE", default="", help="The public key (PEM) that must have signed it.")
+@click.pass_obj
+def verify_command(context: Context, file: str, key: str) -> int:
+    """Say whether a report was altered since its host signed it. Exit code 3 when it was."""
+
+    def action() -> int:
+        from sandbox.report import seal
+
+        found = seal.verify(context.config, file, public_key=key)
+        whose = "this host's key" if found.ours and not key else "the given key" if key else "a key that is not known here"
+        click.echo(f"intact: signed by {whose}, ed25519:{found.key[:16]}; {found.chained}.")
+        if not found.ours:
+            say("Hint: --key FILE names the key that must have signed it; without one, anybody's would do.")
+            return 3
+        return 0
+
+    return _guarded(action)
+
+
+@command.command("diff", context_settings=_HELP)
+@click.argument("old")
+@click.argument("new")
+@click.pass_obj
+def diff_command(_: Context, old: str, new: str) -> int:
+    """Say what changed between two reports. Exit code 1 when something new is open."""
+
+    def action() -> int:
+        from sandbox.report import seal
+        from sandbox.report.render import text
+
+        first, second = seal.load(old), seal.load(new)
+        lines = list(text.differences(first, second))
+        for line in lines:
+            click.echo(line)
+        return int(any(line.startswith("NEW") for line in lines))
+
+    return _guarded(action)
+
+
+@command.command("parity", context_settings=_HELP)
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@_options
+@click.pass_obj
+def parity_command(context: Context, path: str, *, as_json: bool, **options: Any) -> int:
+    """Attack a twin on every engine and runtime of this host, side by side."""
+    if not os.path.isdir(path):
+        raise UsageError(f"{show(path)} is not a folder with an app.", hint="sandbox report parity ./app")
+    return _guarded(lambda: _parity(context, path, options, as_json=as_json))
+
+
+def _parity(context: Context, path: str, options: dict[str, Any], *, as_json: bool) -> int:
+    import json
+
+    from sandbox import hostcmd
+    from sandbox.engine.oci import RUNTIMES
+    from sandbox.report import make
+
+    progress = _progress(quiet=options["quiet"])
+    columns: dict[str, Document | str] = {}
+    places = [("oci", runtime) for runtime in RUNTIMES if hostcmd.which(runtime)] + [("docker", None)]
+    for engine, runtime in places:
+        name = f"{engine}/{runtime or 'runc'}"
+        try:
+            chosen = {**options, "engine": engine, "runtime": runtime}
+            made = _twin(context, path, chosen, progress)
+            columns[name] = make.finish(context.config, made, with_host=False)
+        except SandboxError as error:
+            columns[name] = error.message
+    progress.close()
+    if as_json:
+        click.echo(json.dumps(columns, sort_keys=True))
+    else:
+        from sandbox.report.render import parity
+
+        for line in parity.lines(columns):
+            click.echo(line)
+    documents = [column for column in columns.values() if isinstance(column, dict)]
+    return max((status(document, threshold=None, strict=False) for document in documents), default=3)

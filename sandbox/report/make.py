@@ -1,0 +1,212 @@
+"""Makes reports: of a live dyno, of a dyno at its start, of a twin, of a twin and its mutants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from sandbox import __version__
+from sandbox.config import Config
+from sandbox.dyno import record as records
+from sandbox.dyno.record import Record
+from sandbox.errors import HostError, SandboxError
+from sandbox.firewall import denied
+from sandbox.host import doctor, observe
+from sandbox.policy.policy import Policy
+from sandbox.policy.seccomp import document as filter_document
+from sandbox.report import document as documents
+from sandbox.report import judge, mutants, rows, workers
+from sandbox.report.document import Document, Made
+from sandbox.report.facts import Facts
+from sandbox.report.model import Control, Result, Status
+from sandbox.report.twin import Wanted
+
+Progress = Callable[[str], None]
+_PROOF_AGE_S = 7 * 86400
+
+
+def live(config: Config, record: Record, *, mode: str = "live") -> Made:
+    """What the kernel says of a live dyno now. Nothing in it is touched but its init, which stands still for a moment.
+
+    A dyno that ends meanwhile makes the rest unproven, and no error. Results of an attacked twin of the same policy,
+    on this boot, serve as controls; so does this process itself, which every reading must find open.
+    """
+    begin = time.monotonic()
+    facts = Facts(config, record, calls=rows.CALLS)
+    results = [judge.examine(row, facts) for row in rows.ALL]
+    if not facts.lives():
+        results = [_ended(result) for result in results]
+    known = _proof(config, record.spec.policy, record.engine, record.runtime)
+    found = {**documents.controls([], workers.itself(config, record)), **known}
+    judged = [judge.control(result, found) for result in results]
+    seconds = time.monotonic() - begin
+    usage = _usage(facts)
+    return Made(
+        mode, record, judged, [], {}, documents.bars(record.spec.policy, {}, usage), _events(config, record, usage),
+        _notes(known), seconds,
+    )  # fmt: skip
+
+
+def _ended(result: Result) -> Result:
+    if result.status in (Status.PASS, Status.ERROR):
+        return result._replace(status=Status.UNPROVEN, reason="the dyno ended while it was examined")
+    return result
+
+
+def _usage(facts: Facts) -> Mapping[str, Any]:
+    try:
+        return facts.cgroup.usage()._asdict()
+    except (SandboxError, OSError):
+        return {}
+
+
+def _events(config: Config, record: Record, usage: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        details = [item for item in denied.read(config)[0] if item.id == record.spec.container_id]
+    except (SandboxError, OSError):
+        details = []
+    details.sort(key=lambda item: -item.packets)
+    return {
+        "denied": [
+            {"what": f"{d.protocol} {d.address}{':' + str(d.port) if d.port is not None else ''} rule={d.rule}", "packets": d.packets}
+            for d in details[:20]
+        ],
+        "killed for memory": usage.get("oom_kills", 0),
+        "processes refused": usage.get("pids_refused", 0),
+    }  # fmt: skip
+
+
+def _notes(known: Mapping[str, Control]) -> list[str]:
+    if known:
+        at = next(iter(known.values())).at[:16].replace("T", " ")
+        return [f"controls from the attacked twins of this policy, {at} UTC"]
+    return ["no twin of this policy was attacked on this boot: sandbox report --full APP tries what this only reads"]
+
+
+def twin(config: Config, wanted: Wanted, record_of: Callable[[Mapping[str, Any]], Record], *, full: bool, progress: Progress) -> Made:  # fmt: skip
+    """Attacks a twin; with ``full``, takes every clause out of it once. ``record_of`` makes its record."""
+    begin = time.monotonic()
+    progress("attacking a twin: calls, files, network, limits")
+    answer = workers.examine_twin(config, wanted)
+    if "failed" in answer:
+        raise HostError(
+            f"no twin could be examined: {answer['failed']}",
+            hint="sandbox doctor says what this host lacks; `df` whether a disk is full.",
+        )
+    record = record_of(answer)
+    results = [workers.from_json(value) for value in answer["results"]]
+    found: dict[str, Control] = {}
+    made: list[dict[str, Any]] = []
+    if full:
+        known = frozenset(judge.reds(results))
+        made = list(_mutants(config, wanted, known, progress))
+    found = documents.controls(made, answer["measured"]["controls"])
+    if full:
+        _keep_proof(config, wanted, found)
+    elif not made:
+        found |= _proof(config, wanted.policy, wanted.engine, wanted.runtime)
+    judged = [judge.control(result, found) for result in results]
+    measured = _measured(answer)
+    return Made(
+        "full" if full else "twin", record, judged, made, {}, documents.bars(wanted.policy, measured, answer["usage"]),
+        {"killed for memory": answer["usage"].get("oom_kills", 0)}, _remarks(answer), time.monotonic() - begin,
+    )  # fmt: skip
+
+
+def _measured(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the experiments, with those that only the prober knows."""
+    said = {row["id"]: row for row in answer["results"]}
+    measured = dict(answer["measured"])
+    for name, row, word in (("processes", "RES-05", "after "), ("files", "FS-18", "")):
+        for fact in said[row]["facts"]:
+            if "until refused" in fact[1]:
+                text = fact[3].partition("after ")[2] if word else fact[3].partition(" files")[0]
+                if text.isdigit():
+                    measured[name] = int(text)
+    return measured
+
+
+def _remarks(answer: Mapping[str, Any]) -> list[str]:
+    notes = [f"the twin's prober: {group} broke: {text}" for group, text in answer["errors"]]
+    if not all(item["answered"] for item in answer["measured"].get("positive", [])):
+        notes.append("the twin could not reach what its egress allows: a wall that denies everything proves little")
+    return notes
+
+
+def _mutants(config: Config, wanted: Wanted, known: frozenset[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Two at a time: a mutant waits for timeouts as long as it works."""
+    chosen = [mutant for mutant in (*mutants.ALL, *mutants.HOST) if wanted.engine in mutant.engines]
+    # The long ones first, dealt in turn.
+    chosen.sort(key=lambda mutant: (not mutant.network, not mutant.limits, not mutant.groups))
+    count, total = 0, len(chosen)
+    order = {mutant.name: index for index, mutant in enumerate((*mutants.ALL, *mutants.HOST))}
+    found = []
+    for answer in workers.run_mutants(config, wanted, [chosen[0::2], chosen[1::2]], known):
+        count += 1
+        progress(f"mutant {count} of {total}: {answer.get('says', answer.get('failed', ''))}")
+        if "mutant" not in answer:
+            raise HostError(f"the mutants could not be made: {answer.get('failed')}", hint="sandbox doctor")
+        found.append(answer)
+    if len(found) != total:
+        raise HostError(f"only {len(found)} of {total} mutants were made.", hint="sandbox doctor")
+    yield from sorted(found, key=lambda answer: order[answer["mutant"]])
+
+
+# ---- what was proven before: controls are kept for the same policy, code, kernel and boot
+
+
+def _proof_path(config: Config, policy: Policy, engine: str, runtime: str) -> str:
+    parts = (
+        __version__, policy.digest(), engine, runtime, os.uname().release, observe.boot_id(),
+        json.dumps(filter_document(), sort_keys=True), repr([row.id for row in rows.ALL]),
+    )  # fmt: skip
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return f"{config.state_dir}/reports/proofs/{digest[:32]}.json"
+
+
+def _keep_proof(config: Config, wanted: Wanted, found: Mapping[str, Control]) -> None:
+    path = _proof_path(config, wanted.policy, wanted.engine, wanted.runtime)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    draft = f"{path}.{os.getpid()}"
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump({row: list(control) for row, control in found.items()}, file)
+    os.rename(draft, path)
+
+
+def _proof(config: Config, policy: Policy, engine: str, runtime: str) -> dict[str, Control]:
+    path = _proof_path(config, policy, engine, runtime)
+    try:
+        if time.time() - os.stat(path).st_mtime > _PROOF_AGE_S:
+            return {}
+        with open(path, encoding="utf-8") as file:
+            return {row: Control(*values) for row, values in json.load(file).items()}
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def host(config: Config) -> dict[str, Any]:
+    """The host's section: what `sandbox doctor --json` says."""
+    found = list(doctor.examine(config))
+    return {
+        **doctor.host_facts(),
+        "summary": doctor.summary(found),
+        "findings": [
+            {"topic": f.topic, "verdict": f.verdict.value, "statement": f.statement, "evidence": f.evidence, "mend": f.mend}
+            for f in found
+        ],
+    }  # fmt: skip
+
+
+def finish(config: Config, made: Made, *, with_host: bool = True) -> Document:
+    """The document of what was made, with the host's section."""
+    return documents.build(made._replace(host=host(config) if with_host else doctor.host_facts()))
+
+
+def of_dyno(config: Config, name: str) -> Record:
+    """The record of a live dyno; NotFound."""
+    return records.find(config, name)
+

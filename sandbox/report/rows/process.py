@@ -1,0 +1,303 @@
+"""Process, privilege and the system-call interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from sandbox.dyno import verify
+from sandbox.host import observe
+from sandbox.policy import mounts
+from sandbox.policy.clauses import Clause
+from sandbox.report.facts import Facts
+from sandbox.report.model import CRITICAL, MINOR, MODERATE, SERIOUS, SEVERE, Area, Fact, Row
+from sandbox.report.rows.common import absent, calls, host, kernel, measured, read_host, rlimit, twin
+
+_RESTART = "restart the dyno; if it comes back, `sandbox doctor`"
+_NONE = "none for web apps"
+
+
+def _capabilities(facts: Facts) -> Iterator[Fact]:
+    yield from facts.clause(Clause.CAPABILITIES, lambda: f"all {len(facts.threads)} threads: Cap* = 0")
+
+
+def _nnp(facts: Facts) -> Iterator[Fact]:
+    yield from facts.clause(Clause.NO_NEW_PRIVILEGES, lambda: f"all {len(facts.threads)} threads: NoNewPrivs 1")
+
+
+def _uid(facts: Facts) -> Iterator[Fact]:
+    spec = facts.spec
+    yield from facts.clause(Clause.UID, lambda: f"all {len(facts.threads)} threads: host uid {spec.host_uid}")
+    yield kernel("host uid", "at least 100000", spec.host_uid, holds=spec.host_uid >= 100_000)
+
+
+def _user_namespace(facts: Facts) -> Iterator[Fact]:
+    mine, ours = observe.namespace(facts.pid, "user"), observe.namespace("self", "user")
+    yield kernel("user namespace", "not the host's", "the host's" if mine == ours else mine, holds=mine != ours)
+    for other in facts.others:
+        theirs = observe.namespace(other.pid, "user")
+        yield kernel(f"against {other.name}", "another", "the same" if theirs == mine else theirs, holds=theirs != mine)
+
+
+def _no_user_namespace(facts: Facts) -> str:
+    if facts.record.user_namespace:
+        return ""
+    return (
+        f"{facts.record.engine} has one user namespace for all containers; the promise is kept by a host uid that "
+        f"no other dyno has ({facts.spec.host_uid}, see IDN-01)"
+    )
+
+
+def _nosuid(facts: Facts) -> Iterator[Fact]:
+    # A device or a mask bound over a file is nothing that could be executed.
+    files = {*mounts.MASKED, *(f"/dev/{name}" for name, _, _ in mounts.DEVICES)}
+    loose = [line.target for line in facts.mounts if "nosuid" not in line.flags and line.target not in files]
+    yield kernel("mounts without nosuid", "none", ", ".join(loose[:4]) or "none", holds=not loose)
+
+
+def _filter(facts: Facts) -> Iterator[Fact]:
+    reading = facts.filter
+    yield from facts.clause(Clause.SECCOMP, lambda: f"all {len(facts.threads)} threads: mode 2")
+    for difference in reading.differences[:10]:
+        yield kernel("filter", "as the policy says", difference, holds=False)
+    if not reading.differences:
+        yield kernel(
+            "filter of init",
+            "what the policy says, for every call and argument that matters",
+            f"sha256 {reading.digest[:12]}, {reading.instructions} instructions: {reading.allowed} calls pass, "
+            f"0 i386, 0 x32; init stood still for {reading.stopped_ms} ms",
+            holds=True,
+        )
+    yield from _entered(facts)
+
+
+def _unknown(facts: Facts) -> Iterator[Fact]:
+    count = facts.filter.unknown
+    yield kernel("calls above the last known one that pass the filter", 0, count, holds=count == 0)
+
+
+def _entered(facts: Facts) -> Iterator[Fact]:
+    """Filters are inherited and cannot be taken off: whoever descends from init is under init's."""
+    if facts.is_itself:
+        return
+    strangers = []
+    least = min(thread.seccomp_filters for thread in facts.threads if thread.tid == facts.pid)
+    known = set(facts.pids)
+    for pid, parent in verify.living(facts.subject, observe.parent):
+        if pid != facts.pid and parent not in known and observe.alive(pid):
+            strangers.append(str(pid))
+    fewer = [str(t.tid) for t in facts.threads if t.seccomp_filters < least]
+    yield kernel(
+        "processes that do not descend from init", "none", ", ".join(strangers) or "none", holds=not strangers
+    )
+    yield kernel("threads with fewer filters than init", "none", ", ".join(fewer) or "none", holds=not fewer)
+
+
+def _foreign(facts: Facts) -> Iterator[Fact]:
+    count = facts.filter.foreign
+    yield kernel("i386 and x32 calls that the filter lets live", 0, count, holds=count == 0)
+
+
+def _abi32(facts: Facts) -> Iterator[Fact]:
+    yield from _foreign(facts)
+    yield from _killed(facts, "PRV-11", "int 0x80 getpid")
+
+
+def _socketcall(facts: Facts) -> Iterator[Fact]:
+    yield from _foreign(facts)
+    yield from _killed(facts, "PRV-12", "int 0x80 socketcall(AF_VSOCK)")
+
+
+def _x32(facts: Facts) -> Iterator[Fact]:
+    yield from _foreign(facts)
+    yield from _killed(facts, "PRV-13", "x32 getpid")
+
+
+def _killed(facts: Facts, row: str, attempt: str) -> Iterator[Fact]:
+    said = facts.answer(row, attempt)
+    if said == "SIGSEGV":
+        yield absent(attempt, "SIGSEGV", "this kernel has no 32-bit calls")
+    elif said is not None:
+        yield twin(attempt, "SIGSYS", said, holds=said == "SIGSYS")
+
+
+def _processes(facts: Facts) -> Iterator[Fact]:
+    depth = len(observe.status(facts.pid)["NSpid"].split()) - len(observe.status(os.getpid())["NSpid"].split())
+    yield kernel("depth of its process namespace below ours", 1, depth, holds=depth == 1)
+
+
+def _daemon(facts: Facts) -> Iterator[Fact]:
+    """Whoever is in the dyno's process namespace must be in its cgroup, however it was started."""
+    mine, inside = observe.namespace(facts.pid, "pid"), set(facts.pids)
+    outside = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in inside:
+            try:
+                if observe.namespace(int(name), "pid") == mine and not observe.ended(int(name)):
+                    outside.append(name)
+            except observe.HostError:
+                continue
+    # A child that was forked between the two looks is in the cgroup by now.
+    outside = [name for name in outside if int(name) not in facts.cgroup.pids()]
+    yield kernel(
+        "processes of its namespace outside of its cgroup", "none", ", ".join(outside[:5]) or "none", holds=not outside
+    )
+
+
+def _zombies(facts: Facts) -> Iterator[Fact]:
+    said = facts.answer("PRV-24", "fork beside zombies")
+    if said is not None:
+        yield twin("fork beside unreaped children", "EAGAIN", said, holds=said == "EAGAIN")
+
+
+def _priority(facts: Facts) -> Iterator[Fact]:
+    yield from rlimit(facts, "RTPRIO")
+    yield from rlimit(facts, "NICE")
+
+
+def _oom(facts: Facts) -> Iterator[Fact]:
+    lowest = min(value for _, value in verify.living(facts.subject, observe.oom_score_adj))
+    wanted = facts.spec.policy.oom_score
+    yield kernel("oom_score_adj", f"at least {wanted}", lowest, holds=lowest >= wanted)
+
+
+def _terminals(facts: Facts) -> Iterator[Fact]:
+    tty = [f"{what}" for fd, what in observe.descriptors(facts.pid).items() if fd < 3 and what.startswith("/dev/tty")]
+    yield kernel("standard descriptors on a terminal of the host", "none", ", ".join(tty) or "none", holds=not tty)
+
+
+def _descriptors(facts: Facts) -> Iterator[Fact]:
+    """Of each process: what it holds must lie on the dyno's own mounts, or be of no file system at all."""
+    own = {line.mount_id for line in facts.mounts} if not facts.is_itself else set()
+    null, strange = os.makedev(1, 3), []
+    for pid, held in verify.living(facts.subject, observe.descriptors):
+        for fd, what in held.items():
+            if not what.startswith("/"):
+                continue  # pipes, sockets, events: nothing that leads to a file
+            try:
+                # The null device of the shim, wherever it was opened, leads nowhere either.
+                if os.stat(f"/proc/{pid}/fd/{fd}").st_rdev == null or observe.mount_of(f"/proc/{pid}/fd/{fd}") in own:
+                    continue
+            except OSError:
+                continue  # closed meanwhile
+            strange.append(f"{pid}: {fd} {what}")
+    yield kernel(
+        "descriptors on file systems that are not the dyno's", "none", "; ".join(strange[:3]) or "none",
+        holds=not strange,
+    )  # fmt: skip
+    if not facts.is_itself:
+        yield from _at_the_gate(facts)
+
+
+def _at_the_gate(facts: Facts) -> Iterator[Fact]:
+    known = ("pipe:[", "socket:[", "/dev/null", "/run/gate/fifo", "/dev/pts/")
+    extra = [item for item in facts.record.descriptors if not item.partition(": ")[2].startswith(known)]
+    yield kernel(
+        "descriptors at its start", "its input and output, and the gate", "; ".join(extra[:3]) or "these only",
+        holds=not extra,
+    )  # fmt: skip
+
+
+def _core(facts: Facts) -> Iterator[Fact]:
+    yield from rlimit(facts, "CORE")
+    pattern = read_host("/proc/sys/kernel/core_pattern") or ""
+    # For a pipe the kernel ignores a limit of 0 and starts the helper as root, with a core the app wrote.
+    yield host("kernel.core_pattern", "no pipe", pattern[:60], holds=not pattern.startswith("|"))
+
+
+def _unkillable(facts: Facts) -> Iterator[Fact]:
+    found = measured(facts, "PRV-22")
+    if found is not None:
+        yield host(
+            "stubborn processes: before, after SIGTERM, after the stop", "some, some, 0",
+            f"{found['before']}, {found['after_term']}, {found['after']} ({found['seconds']:.2f} s)",
+            holds=found["after"] == 0 and found["seconds"] < 2,
+        )  # fmt: skip
+
+
+def _memfd(_: Facts) -> Iterator[Fact]:
+    yield absent("vm.memfd_noexec in the policy", "not asked for", "not promised: JIT compilers run code from memory")
+
+
+def _joiner(_: Facts) -> Iterator[Fact]:
+    yield absent("commands that enter a live dyno", "none in this release", "nothing of ours joins a running dyno")
+
+
+ROWS = (
+    Row("PRV-01", Area.PROCESS, "no capabilities", "No process of this app has any part of root's power.", CRITICAL,
+        "CIS-Docker:5.4 ATT&CK:T1611 NIST-800-190:4.4.3 PSS:restricted", _RESTART, _NONE, _capabilities,
+        clause=Clause.CAPABILITIES),
+    Row("PRV-02", Area.PROCESS, "no new privileges", "No program that this app starts can gain rights.", CRITICAL,
+        "CIS-Docker:5.26 CIS-Docker:2.14 ATT&CK:T1548.001", _RESTART, "setuid programs do nothing", _nnp,
+        clause=Clause.NO_NEW_PRIVILEGES),
+    Row("PRV-03", Area.PROCESS, "an unprivileged host id", "On the host this app is nobody: an id without files or rights.",
+        CRITICAL, "CIS-Docker:4.1 CIS-Docker:2.9 CIS-Docker:5.31", _RESTART, _NONE, _uid, clause=Clause.UID),
+    Row("PRV-04", Area.PROCESS, "a user namespace of its own", "Even root inside this app would be nobody on the host.",
+        CRITICAL, "CIS-Docker:5.31 NIST-800-190:4.4.3", "use --engine oci", _NONE, _user_namespace,
+        clause=Clause.UID, lacks=_no_user_namespace),
+    Row("PRV-05", Area.PROCESS, "cannot become another user", "This app cannot take another id.", SERIOUS,
+        "ATT&CK:T1548", _RESTART, _NONE, accepts=("EPERM",)),
+    Row("PRV-06", Area.PROCESS, "setuid files have no effect", "No file can lend this app its owner's rights.", SERIOUS,
+        "CIS-Docker:4.8 ATT&CK:T1548.001", _RESTART, _NONE, _nosuid, clause=Clause.MOUNTS),
+    Row("PRV-07", Area.PROCESS, "cannot give files capabilities", "This app cannot prepare a file that carries rights.",
+        SERIOUS, "ATT&CK:T1548", _RESTART, _NONE, accepts=("EPERM",)),
+    Row("PRV-08", Area.PROCESS, "cannot raise its capabilities", "This app cannot take rights that it was not given.",
+        SERIOUS, "CIS-Docker:5.4", _RESTART, _NONE, accepts=("EPERM",)),
+    Row("PRV-09", Area.PROCESS, "cannot make setuid files", "This app cannot leave a file that lends rights.", MODERATE,
+        "ATT&CK:T1548.001", _RESTART, "installers that set these bits fail", accepts=("EPERM",),
+        calls=(("chmod", (0, 0o4755)), ("fchmod", (0, 0o2755)), ("fchmodat", (0, 0, 0o4755)))),
+    Row("PRV-10", Area.PROCESS, "the system-call policy, byte by byte",
+        "Of the kernel's 400 calls this app can use those that a web app needs, and no others.", CRITICAL,
+        "CIS-Docker:5.22 CIS-Docker:2.17 NIST-800-190:4.4.3", _RESTART, "debuggers and io_uring do not work", _filter,
+        clause=Clause.SECCOMP),
+    Row("PRV-11", Area.PROCESS, "no 32-bit calls", "The old 32-bit way into the kernel ends the process.", SEVERE,
+        "CVE-2026-31431", _RESTART, "32-bit programs do not run", _abi32, clause=Clause.SECCOMP),
+    Row("PRV-12", Area.PROCESS, "no sockets through 32-bit calls", "Forbidden sockets cannot be had by the 32-bit way.",
+        SERIOUS, "CVE-2026-31431", _RESTART, "32-bit programs do not run", _socketcall, clause=Clause.SECCOMP),
+    Row("PRV-13", Area.PROCESS, "no x32 calls", "The x32 way into the kernel ends the process.", SEVERE, "", _RESTART,
+        "x32 programs do not run", _x32, clause=Clause.SECCOMP),
+    Row("PRV-14", Area.PROCESS, "no bypass by high bits", "A forbidden value with extra bits is refused like the value.",
+        SEVERE, "CVE-2019-7303 CVE-2019-10063", _RESTART, _NONE, accepts=("EAFNOSUPPORT", "EPERM"),
+        calls=(("socket", (1 << 32 | 40, 1, 0)), ("ioctl", (0, 1 << 32 | 0x5412)))),
+    Row("PRV-15", Area.PROCESS, "unknown calls do not exist", "Calls newer than the policy are refused, not passed.",
+        SERIOUS, "", _RESTART, "newest kernel features are not seen", _unknown, accepts=("ENOSYS", "EPERM")),
+    Row("PRV-16", Area.PROCESS, "cannot weaken address randomisation", "This app cannot switch its own protections off.",
+        MODERATE, "", _RESTART, _NONE, accepts=("EPERM",), calls=(("personality", (0x40000,)),)),
+    Row("PRV-17", Area.PROCESS, "no ptrace", "No process of this app can trace another.", SERIOUS,
+        "ATT&CK:T1055.008", _RESTART, "debuggers do not work", accepts=("EPERM",), calls=calls("ptrace")),
+    Row("PRV-18", Area.PROCESS, "no access to other processes' memory", "Processes cannot read or write each other.",
+        SERIOUS, "ATT&CK:T1055.009", _RESTART, "debuggers do not work", accepts=("EPERM",),
+        calls=calls("process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp", "process_madvise")),
+    Row("PRV-19", Area.PROCESS, "sees and signals its own processes only",
+        "This app cannot see, signal or stop a process of the host or of another app.", SERIOUS,
+        "CIS-Docker:5.16 ATT&CK:T1057", _RESTART, _NONE, _processes, accepts=("ESRCH", "own only"),
+        clause=Clause.NAMESPACES),
+    Row("PRV-20", Area.PROCESS, "cannot kill its init", "This app cannot end the process that collects its children.",
+        MINOR, "ATT&CK:T1489", _RESTART, _NONE, accepts=("ignored",)),
+    Row("PRV-21", Area.PROCESS, "cannot have signals sent to the host", "No indirect way signals a process of the host.",
+        MODERATE, "", _RESTART, _NONE, accepts=("ESRCH",)),
+    Row("PRV-22", Area.PROCESS, "cannot outlive its stop", "When this app is stopped, nothing of it goes on.", SERIOUS,
+        "", "sandbox gc", _NONE, _unkillable),
+    Row("PRV-23", Area.PROCESS, "cannot leave its cgroup", "Every process of this app counts towards its limits.",
+        SERIOUS, "CIS-Docker:5.25", _RESTART, _NONE, _daemon),
+    Row("PRV-24", Area.PROCESS, "zombies count", "Dead children that nobody collects count towards the limit.", MINOR,
+        "CIS-Docker:5.29 ATT&CK:T1499.001", _RESTART, _NONE, _zombies),
+    Row("PRV-25", Area.PROCESS, "no real-time priority", "This app cannot push itself before others.", MODERATE,
+        "ATT&CK:T1496", _RESTART, _NONE, _priority, accepts=("EPERM", "EACCES"), clause=Clause.RLIMITS),
+    Row("PRV-26", Area.PROCESS, "dies first when memory is short", "This app cannot hide from the kernel's memory killer.",
+        MODERATE, "", _RESTART, _NONE, _oom, accepts=("EACCES",), clause=Clause.OOM_SCORE),
+    Row("PRV-27", Area.PROCESS, "cannot type into terminals", "This app cannot type commands into an operator's shell.",
+        SERIOUS, "CVE-2017-5226", _RESTART, _NONE, _terminals, accepts=("EPERM",),
+        calls=(("ioctl", (0, 0x5412)), ("ioctl", (0, 1 << 32 | 0x5412)), ("ioctl", (0, 0x541C)), ("ioctl", (0, 0x5423)))),
+    Row("PRV-28", Area.PROCESS, "no leaked descriptors", "This app was handed no open file of the host.", CRITICAL,
+        "CVE-2024-21626", "upgrade the runtime", _NONE, _descriptors, clause=Clause.DESCRIPTORS),
+    Row("PRV-29", Area.PROCESS, "cannot overwrite its launcher", "This app cannot change the program that started it.",
+        SERIOUS, "CVE-2019-5736", _RESTART, _NONE, accepts=("EACCES", "EROFS")),
+    Row("PRV-30", Area.PROCESS, "nothing joins it", "No helper with more rights enters this app while it runs.", MODERATE,
+        "CVE-2016-9962", "", _NONE, _joiner),
+    Row("PRV-31", Area.PROCESS, "no core dumps through a helper", "A crash of this app starts no program of the host.",
+        SERIOUS, "CVE-2025-4598 CVE-2025-5054", "sysctl -w kernel.core_pattern=core",
+        "crashes of host programs are no longer collected", _core, clause=Clause.RLIMITS),
+    Row("PRV-32", Area.PROCESS, "programs without a file", "Not promised: this app may run code from memory.", MINOR,
+        "ATT&CK:T1620", "", "", _memfd),
+)  # fmt: skip

@@ -1,0 +1,157 @@
+"""The network wall of one dyno as the kernel has it now: links, routes, the router's sets and rules."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+from typing import Any, NamedTuple
+
+from sandbox.config import Config
+from sandbox.errors import HostError
+from sandbox.firewall import admit, router, ruleset
+from sandbox.firewall.layout import Layout
+from sandbox.host import netns
+from sandbox.host.nft import Nft
+from sandbox.policy import egress
+from sandbox.policy.egress import Reason
+from sandbox.report.model import Fact, Tier
+
+_SYSCTLS = (
+    ("ipv4/conf/all/accept_source_route", "0"),
+    ("ipv4/conf/all/accept_redirects", "0"),
+    ("ipv6/conf/all/disable_ipv6", "1"),
+)
+
+
+class Reading(NamedTuple):
+    """``differences``: of the dyno's own place; ``faults``: of the whole wall; ``denied``: the live set's ranges."""
+
+    differences: tuple[tuple[str, str], ...]
+    faults: tuple[str, ...]
+    denied: tuple[tuple[int, int, int], ...]
+    hosts: frozenset[str]
+    rules: str
+    neighbours: tuple[str, ...]
+    sysctls: tuple[tuple[str, str, str], ...]
+    members: dict[str, bool]
+    digest: str
+
+    def covers(self, address: str) -> bool:
+        """Whether the live sets deny that address."""
+        number = int(IPv4Address(address))
+        return address in self.hosts or any(first <= number <= last for first, last, _ in self.denied)
+
+    def misses(self, reasons: frozenset[Reason]) -> list[str]:
+        """The ranges of those reasons that the policy denies and the live set does not, completely."""
+        missing = []
+        for text, reason in egress.ALWAYS_DENIED:
+            network = egress.parse_network(text, where="policy")
+            if reason in reasons and not self._covered(network.first, network.last):
+                missing.append(text)
+        return missing
+
+    def _covered(self, first: int, last: int) -> bool:
+        at = first
+        for start, end, _ in sorted(self.denied):
+            if start > at:
+                break
+            at = max(at, end + 1)
+            if at > last:
+                return True
+        return at > last
+
+
+def read(config: Config, container_id: str, pid: int, place: Any, port: int) -> Reading:
+    """Reads everything once. HostError when there is no router."""
+    layout = Layout(config)
+    if not router.standing(layout):
+        raise HostError("the router is gone.", hint="sandbox firewall show")
+    differences = tuple(admit.differences(config, place, pid))
+    record = router.read_record(layout.record(place.address))
+    mode = record["egress"]["mode"] if record else "none"
+    faults = tuple(router.faults(layout, forwarding=mode != "none"))
+    with router.inside(layout):
+        nft = Nft()
+        sysctls = tuple((name, value, _sysctl(name)) for name, value in _SYSCTLS)
+    with admit.os_open(f"/proc/{pid}/ns/net") as fd, netns.entered(fd), open("/proc/thread-self/net/arp") as file:
+        neighbours = tuple(line.split()[0] for line in file.read().splitlines()[1:])
+    try:
+        rules = _rules(nft)
+        denied = tuple(_ranges(nft.listing(f"map {ruleset.TABLE} deny4")))
+        hosts = frozenset(_addresses(nft.listing(f"set {ruleset.TABLE} hosts4")))
+        wanted = _members(record, container_id, port) if record else {}
+        members = {name: _has(nft, *item) for name, item in wanted.items()}
+    finally:
+        nft.close()
+    state = router.read_state(layout)
+    return Reading(differences, faults, denied, hosts, rules, neighbours, sysctls, members, str(state["router"]))
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return netns.read_sysctl(name)
+    except FileNotFoundError:
+        return "absent"
+
+
+def _rules(nft: Nft) -> str:
+    """The rules as text, without the elements of the sets: those are read one by one."""
+    lines = []
+    for chain in ("from_dyno", "outward", "rates", "inward", "input", "forward", "deny", "ask"):
+        try:
+            lines.append(nft.text(f"chain {ruleset.TABLE} {chain}"))
+        except HostError:
+            lines.append(f"no chain {chain}")
+    return "\n".join(lines)
+
+
+def _members(record: dict[str, Any], container_id: str, port: int) -> dict[str, tuple[str, str]]:
+    link, traffic = f'"{record["link"]}"', record["traffic"]
+    wanted = {
+        "source": ("src4", f"{link} . {record['address']}"),
+        "flows": (f"flows_{traffic['flows']}", link),
+        "new flows": ("fresh", link),
+        "upload": ("upload", link),
+        "download": ("download", link),
+    }
+    if port:
+        wanted["inbound"] = ("inbound4", f"{link} . {record['address']} . {port}")
+    return wanted
+
+
+def _has(nft: Nft, which: str, key: str) -> bool:
+    try:
+        nft.run(f"get element {ruleset.TABLE} {which} {{ {key} }}\n")
+    except HostError:
+        return False
+    return True
+
+
+def _ranges(listing: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    found = []
+    for item in listing:
+        for key, reason in item.get("map", {}).get("elem", []):
+            value = key.get("elem", {}).get("val", key) if isinstance(key, dict) else key
+            found.append((*_bounds(value), int(reason)))
+    return found
+
+
+def _bounds(value: Any) -> tuple[int, int]:
+    if isinstance(value, str):
+        return (int(IPv4Address(value)),) * 2
+    if "range" in value:
+        first, last = value["range"]
+        return int(IPv4Address(first)), int(IPv4Address(last))
+    base = int(IPv4Address(value["prefix"]["addr"]))
+    return base, base + (1 << (32 - int(value["prefix"]["len"]))) - 1
+
+
+def _addresses(listing: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for item in listing:
+        for element in item.get("set", {}).get("elem", []):
+            found.append(element if isinstance(element, str) else str(element.get("elem", {}).get("val")))
+    return found
+
+
+def fact(what: str, promised: str, observed: str, *, holds: bool) -> Fact:
+    return Fact(Tier.KERNEL, what, promised, observed, holds)
