@@ -13,7 +13,9 @@ from sandbox.errors import SandboxError, UsageError
 from sandbox.units import show
 
 if TYPE_CHECKING:
+    from sandbox.config import Config
     from sandbox.dyno.record import Record
+    from sandbox.report.make import Made
     from sandbox.report.twin import Wanted
 
 Document = dict[str, Any]
@@ -118,6 +120,40 @@ def _make(context: Context, what: str, options: dict[str, Any]) -> int:
     return status(document, threshold=options["threshold"], strict=options["strict"])
 
 
+class AtStart:
+    """The report of a dyno that this very command runs: read behind its gate, finished with what became of it."""
+
+    def __init__(self, config: Config, path: str) -> None:
+        self._config = config
+        self._targets = _targets((), (path,))
+        self._made: Made | None = None
+        _writable(self._targets)
+
+    def examine(self, container_id: str) -> None:
+        from sandbox.dyno import record
+        from sandbox.report import make
+
+        self._made = make.live(self._config, record.read(self._config, container_id), mode="start")
+
+    def finish(self, ended: Document) -> None:
+        from sandbox.report import document as documents
+        from sandbox.report import make, seal
+
+        if self._made is None:
+            return
+        policy = self._made.record.spec.policy
+        usage = {name: ended[name] for name in ("memory_peak_bytes", "pids_peak")}
+        events = {
+            **self._made.events,
+            "processes refused": ended["pids_refused"],
+            "ended": f"{ended['reason']}: {ended['message']}",
+        }
+        made = self._made._replace(measured=documents.bars(policy, {}, usage), events=events)
+        document, path = seal.keep(self._config, make.finish(self._config, made, with_host=False))
+        write(document, self._targets)
+        say(f"sandbox: isolation report in {self._targets[0][1]}, kept as {path}")
+
+
 def _progress(*, quiet: bool) -> Any:
     from sandbox.cli.progress import Progress
 
@@ -125,21 +161,24 @@ def _progress(*, quiet: bool) -> Any:
 
 
 def _targets(formats: tuple[str, ...], outputs: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Which format goes where: pairs in order; a lone -o says its format by its ending."""
-    if not formats and not outputs:
-        return [("text", "-")]
-    if not formats:
-        formats = tuple(_by_suffix(path) for path in outputs)
-    if len(outputs) > len(formats):
-        raise UsageError(f"{len(outputs)} outputs for {len(formats)} formats.", hint="one --format for each -o.")
-    return list(zip(formats, (*outputs, *["-"] * (len(formats) - len(outputs))), strict=True))
+    """Which format goes where. A file's ending says its format; one without a known ending gets the next that is left.
 
-
-def _by_suffix(path: str) -> str:
-    found = _SUFFIXES.get(os.path.splitext(path)[1].lower())
-    if found is None:
-        raise UsageError(f"the format of {show(path)} is not clear.", hint="--format " + "|".join(FORMATS))
-    return found
+    What is left then goes to stdout, which takes one.
+    """
+    left = list(formats)
+    found: list[tuple[str, str]] = []
+    for path in outputs:
+        ending = _SUFFIXES.get(os.path.splitext(path)[1].lower())
+        chosen = ending if ending in left or (ending and not formats) else left[0] if left else None
+        if chosen is None:
+            raise UsageError(f"no format is left for {show(path)}.", hint="--format " + "|".join(FORMATS) + " for each -o.")
+        if chosen in left:
+            left.remove(chosen)
+        found.append((chosen, path))
+    found += [(name, "-") for name in left]
+    if sum(path == "-" for _, path in found) > 1:
+        raise UsageError("more than one format wants stdout.", hint="-o FILE for each --format but one.")
+    return found or [("text", "-")]
 
 
 def _writable(targets: list[tuple[str, str]]) -> None:

@@ -60,6 +60,7 @@ MAX_ENV_BYTES = 64 * 1024
     help="public, none, or allow:LIST of networks[:ports] and names; default: the app's sandbox.toml, then public.",
 )
 @click.option("--smtp", is_flag=True, help="Let the app reach port 25.")
+@click.option("--report", "report_file", metavar="FILE", help="Write the isolation report of this dyno: .html .json .sarif .xml .txt.")
 @click.option("--get", metavar="/PATH", help="Once the web process is up, fetch PATH inside the dyno, then stop it.")
 @click.option("--raw", is_flag=True, help="The app's bytes as they are, stdout and stderr apart.")
 @click.option("--json", "as_json", is_flag=True, help="One document on stdout; the app's output on stderr.")
@@ -84,6 +85,7 @@ def command(
     boot_timeout: str,
     sample: str,
     egress: str | None,
+    report_file: str | None,
     get: str | None,
     *,
     want_tty: bool | None,
@@ -142,6 +144,11 @@ def command(
         get=get or "",
     )
 
+    reporter = None
+    if report_file is not None:
+        from sandbox.cli.report import AtStart
+
+        reporter = AtStart(context.config, report_file)
     signals = _Signals(resize=interactive)
     progress, terminal = Progress(quiet=quiet), _Terminal()
 
@@ -164,10 +171,13 @@ def command(
             signals=signals.fd,
             hold=signals.hold,
             meanwhile=_load_voices,
+            examine=reporter.examine if reporter is not None else lambda _: None,
         )
     finally:
         terminal.restore()
         progress.close()
+    if reporter is not None:
+        reporter.finish(report.document)
     if as_json:
         sys.stdout.write(json.dumps(report.document, indent=2) + "\n")
     if not (quiet and report.exit.code == 0):

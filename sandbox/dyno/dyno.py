@@ -83,6 +83,7 @@ class Dyno:
         self.slot: Slot | None = None
         self.place: Place | None = None
         self._used_at_start = (0, 0)
+        self.examine: Callable[[], None] = lambda: None  # called behind the gate, once the wall was found to stand
         self.notices: socket.socket | None = None  # what the firewall denied, in words
 
     def prepare(self) -> Slot:
@@ -189,6 +190,7 @@ class Dyno:
             self._verify(spec, container, cgroup)
             self._write_record(spec, container, cgroup, slot.folder)
             self.phases.mark("verify")
+            self.examine()
             _open_gate(gate, launch.env)
             os.unlink(f"{slot.paths.disk}/fixed/gate/fifo")
         finally:

@@ -431,11 +431,14 @@ def _not_forwarding(layout: Layout, net: Netlink) -> list[str]:
     """
     names = {index: name for name, (index, _) in net.links().items()}
     devices = {names.get(route.device, "") for route in net.routes() if route.prefix == "0.0.0.0/0"}
-    return [
-        name
-        for name in sorted({layout.host_link, *devices} - {""})
-        if netns.read_sysctl(f"ipv4/conf/{name}/forwarding") == "0"
-    ]
+    return [name for name in sorted({layout.host_link, *devices} - {""}) if _is_switched_off(name)]
+
+
+def _is_switched_off(device: str) -> bool:
+    try:
+        return netns.read_sysctl(f"ipv4/conf/{device}/forwarding") == "0"
+    except FileNotFoundError:
+        return False  # a device that is gone; that our link is gone is a fault of its own
 
 
 def stopped_forwarding(layout: Layout) -> bool:

@@ -83,9 +83,9 @@ class Nft:
             return []
         return list(json.loads(text)["nftables"]) if text else []
 
-    def text(self, what: str) -> str:
-        """``list WHAT`` as text with counters, as ``nft`` prints it."""
-        return self.run(f"list {what}")
+    def text(self, what: str, *, terse: bool = False) -> str:
+        """``list WHAT`` as text, as ``nft`` prints it: with counters, or ``terse``, without the elements of sets."""
+        return self.run(f"list {what}", flags=_TERSE | _STATELESS if terse else 0)
 
     def exists(self, what: str) -> bool:
         return bool(self.listing(what, terse=True))

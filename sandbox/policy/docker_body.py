@@ -71,6 +71,8 @@ def _host_config(spec: ContainerSpec) -> Json:
         "Init": False,
         "RestartPolicy": {"Name": "no"},
         "OomScoreAdj": policy.oom_score,
+        # Docker 20.10 lets everybody bind port 80 in its containers; elsewhere it is the kernel's default.
+        "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "1024"},
         "MaskedPaths": list(mounts.MASKED),
         "ReadonlyPaths": list(mounts.READ_ONLY),
         "Ulimits": [{"Name": limit.name.lower(), "Soft": limit.soft, "Hard": limit.hard} for limit in policy.rlimits],

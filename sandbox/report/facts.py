@@ -11,7 +11,7 @@ from sandbox.dyno import record as records
 from sandbox.dyno import verify
 from sandbox.dyno.record import Record
 from sandbox.errors import HostError
-from sandbox.host import observe
+from sandbox.host import inside, observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.policy.clauses import Clause
 from sandbox.report import filter as filters
@@ -88,6 +88,10 @@ class Facts:
         if self.is_itself:
             return filters.nothing(self._calls)
         return filters.read(self.config, self.pid, self._calls)
+
+    @cached_property
+    def user_limits(self) -> dict[str, int]:
+        return inside.user_limits(self.pid)
 
     @cached_property
     def wall(self) -> wall.Reading:

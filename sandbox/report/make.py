@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from sandbox import __version__
 from sandbox.config import Config
@@ -40,14 +41,15 @@ def live(config: Config, record: Record, *, mode: str = "live") -> Made:
     results = [judge.examine(row, facts) for row in rows.ALL]
     if not facts.lives():
         results = [_ended(result) for result in results]
-    known = _proof(config, record.spec.policy, record.engine, record.runtime)
-    found = {**documents.controls([], workers.itself(config, record)), **known}
-    judged = [judge.control(result, found) for result in results]
+    proof = _proof(config, record.spec.policy, record.engine, record.runtime)
+    # Without a twin's: a process with every right, ourselves, which each reading must find open.
+    found = proof.controls or documents.controls([], workers.itself(config, record))
+    judged = [judge.control(_from_twin(result, proof), found) for result in results]
     seconds = time.monotonic() - begin
     usage = _usage(facts)
     return Made(
         mode, record, judged, [], {}, documents.bars(record.spec.policy, {}, usage), _events(config, record, usage),
-        _notes(known), seconds,
+        _notes(proof), seconds,
     )  # fmt: skip
 
 
@@ -55,6 +57,22 @@ def _ended(result: Result) -> Result:
     if result.status in (Status.PASS, Status.ERROR):
         return result._replace(status=Status.UNPROVEN, reason="the dyno ended while it was examined")
     return result
+
+
+class Proof(NamedTuple):
+    """What attacked twins of the same policy, code, kernel and boot showed: by row."""
+
+    at: str = ""
+    controls: dict[str, Control] = {}
+    results: dict[str, Result] = {}
+
+
+def _from_twin(result: Result, proof: Proof) -> Result:
+    """A row that only a twin can show: with the twin's evidence, and its age."""
+    known = proof.results.get(result.row.id)
+    if result.facts or known is None:
+        return result
+    return known._replace(reason=known.reason or f"shown by a twin of this policy, {proof.at}")
 
 
 def _usage(facts: Facts) -> Mapping[str, Any]:
@@ -80,10 +98,9 @@ def _events(config: Config, record: Record, usage: Mapping[str, Any]) -> dict[st
     }  # fmt: skip
 
 
-def _notes(known: Mapping[str, Control]) -> list[str]:
-    if known:
-        at = next(iter(known.values())).at[:16].replace("T", " ")
-        return [f"controls from the attacked twins of this policy, {at} UTC"]
+def _notes(proof: Proof) -> list[str]:
+    if proof.at:
+        return [f"what only a twin can show, and the controls, are from the twins of this policy, {proof.at}"]
     return ["no twin of this policy was attacked on this boot: sandbox report --full APP tries what this only reads"]
 
 
@@ -106,9 +123,9 @@ def twin(config: Config, wanted: Wanted, record_of: Callable[[Mapping[str, Any]]
         made = list(_mutants(config, wanted, known, progress))
     found = documents.controls(made, answer["measured"]["controls"])
     if full:
-        _keep_proof(config, wanted, found)
-    elif not made:
-        found |= _proof(config, wanted.policy, wanted.engine, wanted.runtime)
+        _keep_proof(config, wanted, found, results)
+    else:
+        found |= _proof(config, wanted.policy, wanted.engine, wanted.runtime).controls
     judged = [judge.control(result, found) for result in results]
     measured = _measured(answer)
     return Made(
@@ -145,7 +162,13 @@ def _mutants(config: Config, wanted: Wanted, known: frozenset[str], progress: Pr
     count, total = 0, len(chosen)
     order = {mutant.name: index for index, mutant in enumerate((*mutants.ALL, *mutants.HOST))}
     found = []
-    for answer in workers.run_mutants(config, wanted, [chosen[0::2], chosen[1::2]], known):
+    # What is measured in CPU time needs both processors for itself.
+    alone = [mutant for mutant in chosen if "cpu" in mutant.limits]
+    rest = [mutant for mutant in chosen if mutant not in alone]
+    for answer in itertools.chain(
+        workers.run_mutants(config, wanted, [alone], known),
+        workers.run_mutants(config, wanted, [rest[0::2], rest[1::2]], known),
+    ):
         count += 1
         progress(f"mutant {count} of {total}: {answer.get('says', answer.get('failed', ''))}")
         if "mutant" not in answer:
@@ -168,24 +191,32 @@ def _proof_path(config: Config, policy: Policy, engine: str, runtime: str) -> st
     return f"{config.state_dir}/reports/proofs/{digest[:32]}.json"
 
 
-def _keep_proof(config: Config, wanted: Wanted, found: Mapping[str, Control]) -> None:
+def _keep_proof(config: Config, wanted: Wanted, found: Mapping[str, Control], results: Iterable[Result]) -> None:
     path = _proof_path(config, wanted.policy, wanted.engine, wanted.runtime)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     draft = f"{path}.{os.getpid()}"
+    proof = {
+        "at": documents.now()[:16].replace("T", " ") + " UTC",
+        "controls": {row: list(control) for row, control in found.items()},
+        "results": [workers.as_json(result) for result in results],
+    }
     with open(draft, "w", encoding="utf-8") as file:
-        json.dump({row: list(control) for row, control in found.items()}, file)
+        file.write(json.dumps(proof))
     os.rename(draft, path)
 
 
-def _proof(config: Config, policy: Policy, engine: str, runtime: str) -> dict[str, Control]:
+def _proof(config: Config, policy: Policy, engine: str, runtime: str) -> Proof:
     path = _proof_path(config, policy, engine, runtime)
     try:
         if time.time() - os.stat(path).st_mtime > _PROOF_AGE_S:
-            return {}
+            return Proof()
         with open(path, encoding="utf-8") as file:
-            return {row: Control(*values) for row, values in json.load(file).items()}
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
+            values = json.load(file)
+        results = [workers.from_json(value) for value in values["results"]]
+        controls = {row: Control(*control) for row, control in values["controls"].items()}
+        return Proof(str(values["at"]), controls, {result.row.id: result for result in results})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return Proof()
 
 
 def host(config: Config) -> dict[str, Any]:

@@ -181,6 +181,15 @@ def _no_userns(document: Json) -> None:
     document["mounts"] = [m for m in document["mounts"] if m["destination"] != "/dev/mqueue"]
 
 
+def _without_mount(document: Json) -> None:
+    document["mounts"] = [mount for mount in document["mounts"] if mount["destination"] != "/var/tmp"]
+
+
+def _without_mount_docker(body: Json) -> None:
+    mounts = body["HostConfig"]["Mounts"]
+    body["HostConfig"]["Mounts"] = [mount for mount in mounts if mount["Target"] != "/var/tmp"]
+
+
 def _host_ipc_docker(body: Json) -> None:
     body["HostConfig"]["IpcMode"] = "host"
     body["HostConfig"].pop("Tmpfs")
@@ -242,7 +251,9 @@ def _bare_oci(document: Json) -> None:
 def _bare_docker(body: Json) -> None:
     body["User"] = "0:0"
     body["HostConfig"].update(
-        CapDrop=[], CapAdd=[name.removeprefix("CAP_") for name in _own_capabilities()], OomScoreAdj=0,
+        CapDrop=[], OomScoreAdj=0,
+        # Docker 20.10 does not know the three newest.
+        CapAdd=[n.removeprefix("CAP_") for n in _own_capabilities() if not n.endswith(("_PERFMON", "_BPF", "_RESTORE"))],
         SecurityOpt=["seccomp=unconfined"], ReadonlyRootfs=False, MaskedPaths=[], ReadonlyPaths=[],
     )  # fmt: skip
     body["HostConfig"]["Mounts"] = [m for m in body["HostConfig"]["Mounts"] if not m["Target"].startswith("/sys")]
@@ -394,11 +405,17 @@ def _device(twin: Twin) -> None:
     owner = os.stat(f"/proc/{twin.pid}/root/dev").st_uid
 
     def file() -> None:
+        os.setresgid(owner, owner, owner)
         os.setresuid(owner, owner, owner)
         os.close(os.open("/dev/mem", os.O_WRONLY | os.O_CREAT, 0o600))
 
     _in_its_mounts(twin, file)
     _from_host("/dev/loop-control", "/dev/mem")(twin)
+
+
+def _writable_root(twin: Twin) -> None:
+    flags = sys.MS_REMOUNT | sys.MS_BIND | sys.MS_NOSUID | sys.MS_NODEV
+    _in_its_mounts(twin, lambda: sys.mount("", "/", "", flags))
 
 
 def _others_files(twin: Twin) -> None:
@@ -544,7 +561,7 @@ ALL: tuple[Mutant, ...] = (
     Mutant("bare", "no wall but namespaces and cgroup; root with every right", "PRV-01 PRV-02 PRV-03 PRV-10 FS-08",
            may="*", weakness=Weakness(oci=_bare_oci, docker=_bare_docker), gentle=True),
     Mutant("no-seccomp", "no system-call filter", "PRV-10 PRV-11 PRV-13 PRV-16 KRN-22 NET-13 NET-12 KRN-01",
-           may=_ALL_CALLS + " PRV-15 PRV-20 NET-18",
+           may=_ALL_CALLS + " PRV-15 PRV-28",
            weakness=Weakness(oci=lambda d: _linux(d).pop("seccomp"), docker=_no_seccomp_docker)),
     Mutant("more-calls", "the filter lets a few dangerous calls pass", "PRV-10 KRN-05 KRN-10 KRN-11 KRN-14 PRV-17",
            may="PRV-18 KRN-13 KRN-25 KRN-24",
@@ -571,9 +588,7 @@ ALL: tuple[Mutant, ...] = (
            weakness=Weakness(oci=lambda d: d["process"]["user"].update(uid=0, gid=0), docker=lambda b: b.update(User="0:0"))),
     Mutant("no-userns", "no user namespace of its own", "PRV-04 KRN-03", may="PRV-03 KRN-04 FS-02 FS-15 PRV-06 PRV-10",
            engines=("oci",), weakness=Weakness(oci=_no_userns)),
-    Mutant("read-write-root", "the base system can be written", "FS-02", may="FS-01",
-           weakness=Weakness(oci=lambda d: d["root"].update(readonly=False), docker=_host_config(ReadonlyRootfs=False)),
-           engines=("docker",)),
+    Mutant("read-write-root", "the base system can be written", "FS-02 PRV-29", live=_writable_root, engines=("docker",), may="FS-01"),
     Mutant("mount-suid", "setuid files in /dev/shm have effect", "FS-02 PRV-06",
            weakness=Weakness(oci=_loose("nosuid", "/dev/shm")), engines=("oci",)),
     Mutant("extra-mount", "/etc of the host, read-only", "FS-02", may="PRV-06 FS-03 FS-12", weakness=_bind("/etc", "/mnt")),
@@ -589,12 +604,16 @@ ALL: tuple[Mutant, ...] = (
            weakness=Weakness(oci=lambda d: _linux(d).update(maskedPaths=[], readonlyPaths=[]),
                              docker=_host_config(MaskedPaths=[], ReadonlyPaths=[]))),
     Mutant("one-mask-off", "one mask is taken off the live twin", "FS-08 FS-02 FS-11", live=_unmask),
-    Mutant("host-network", "the host's network", "KRN-06 NET-18", may=f"{_WALLED} KRN-04 RES-17 RES-18 RES-19 KRN-03 NET-14 LOG-06",
-           weakness=Weakness(oci=_oci_namespace("network"), docker=_host_config(NetworkMode="host"))),
+    # Not with Docker: its host network is the daemon's, outside of our stage.
+    Mutant("host-network", "the host's network", "KRN-06 NET-18", engines=("oci",),
+           may=f"{_WALLED} KRN-04 RES-17 RES-18 RES-19 KRN-03 NET-14 LOG-06",
+           weakness=Weakness(oci=_oci_namespace("network"))),
+    Mutant("missing-mount", "a planned mount is missing", "FS-02 FS-15", may="FS-17 FS-18", groups=(),
+           weakness=Weakness(oci=_without_mount, docker=_without_mount_docker)),
     Mutant("host-pids", "the host's processes", "KRN-06 PRV-19",
            may="PRV-04 KRN-03 PRV-03 KRN-04 FS-02 FS-15 PRV-06 PRV-23 PRV-20 PRV-10 PRV-21 IDN-03 FS-27 PRV-29",
            weakness=Weakness(oci=lambda d: (_no_userns(d), _oci_namespace("pid")(d)), docker=_host_config(PidMode="host"))),
-    Mutant("host-ipc", "the host's shared memory", "KRN-06", may="KRN-04 FS-02 FS-17 RES-13 KRN-03",
+    Mutant("host-ipc", "the host's shared memory", "KRN-06", may="KRN-04 FS-02 FS-17 RES-13 KRN-03 PRV-06",
            weakness=Weakness(oci=_oci_namespace("ipc"), docker=_host_ipc_docker)),
     Mutant("control-socket", "a control socket in its files", "FS-14", live=_control_socket),
     Mutant("cgroup-mounted", "its own limits are in its file system", "FS-28 FS-02 RES-20", may="PRV-06 FS-03 FS-12",
@@ -627,7 +646,7 @@ ALL: tuple[Mutant, ...] = (
     Mutant("ipv6-on", "IPv6 is switched on", "NET-01", may=_WALLED, live=_ipv6_on, groups=()),
     Mutant("no-table", "the router's table is deleted", "NET-29 NET-02 NET-03 NET-04 NET-05 NET-06 NET-07 NET-08 NET-21",
            may=f"{_WALLED} RES-17 RES-18 LOG-06", live=_nft("delete table inet sandbox"), groups=()),
-    Mutant("no-deny", "the rule that denies inner ranges is gone", "NET-29 NET-03 NET-04 NET-05", may="NET-06 NET-26 NET-02",
+    Mutant("no-deny", "the rule that denies inner ranges is gone", "NET-29 NET-03 NET-04 NET-05", may="NET-06 NET-26 NET-02 LOG-06",
            live=_nft(drop=("@deny4",)), groups=(), network=True),
     Mutant("one-range", "one range is no longer denied", "NET-29 NET-04", may="NET-05",
            live=_nft("delete element inet sandbox deny4 {{ 169.254.169.254 }}"), groups=()),

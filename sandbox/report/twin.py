@@ -14,7 +14,7 @@ import select
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from sandbox.app import slug
@@ -26,7 +26,7 @@ from sandbox.engine.oci import OciEngine
 from sandbox.errors import EngineError, HostError, SandboxError
 from sandbox.firewall import guard, router
 from sandbox.firewall.layout import Layout
-from sandbox.host import observe, syscalls
+from sandbox.host import observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.stack import Stack
 from sandbox.policy.policy import Policy
@@ -123,22 +123,23 @@ class Prober:
         answer: dict[str, Any] = json.loads(self._line(seconds))
         return answer
 
-    def flood(self, seconds: float, *, keep: bool) -> int:
-        """Lets the program write as fast as it can for that long, and says how many bytes were read."""
-        data = json.dumps({"groups": ["flood"], "flood": {"seconds": seconds}}).encode() + b"\n"
+    def flood(self, amount: int, *, keep: bool) -> tuple[int, int]:
+        """Lets the program write that many bytes as fast as it can: how many were read, and how much we grew."""
+        data = json.dumps({"groups": ["flood"], "flood": {"bytes": amount}}).encode() + b"\n"
         self._attachment.send(data)
-        read, last = 0, b""
+        read, last, most, before = 0, b"", 0, _resident()
         pieces: list[bytes] = []
-        deadline = time.monotonic() + seconds + 30
+        deadline = time.monotonic() + _ANSWER_S
         while not last.endswith(b"}\n"):
             if not select.select([self._attachment.fileno()], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise HostError("the prober's flood did not end.")
             for _, piece in self._attachment.receive() or []:
                 read += len(piece)
+                last = (last + piece)[-64:]
                 if keep:
                     pieces.append(piece)
-                last = (last + piece)[-64:]
-        return read
+            most = max(most, _resident() - before)
+        return read, most
 
     def _line(self, seconds: float) -> bytes:
         deadline = time.monotonic() + seconds
@@ -155,6 +156,12 @@ class Prober:
                     self._err += data
         line, _, self._out = self._out.partition(b"\n")
         return line
+
+
+def _resident() -> int:
+    """Our own resident memory in bytes, see proc(5)."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 class Twin:
@@ -273,7 +280,7 @@ def _prepared(home: Config, state: str, run: str) -> Iterator[Config]:
 
 
 def remove_router(config: Config) -> None:
-    """Takes the twins' router down, whatever is left of it."""
+    """Takes the twins' router down, whatever is left of it, in the network that the caller is in now."""
     layout = Layout(config)
     if not os.path.isdir(layout.folder):
         return
@@ -281,13 +288,7 @@ def remove_router(config: Config) -> None:
         guard.stop(layout)
         for record in router.records(layout):
             os.unlink(layout.record(str(record["address"])))
-        try:
-            router.remove(layout)
-        except (OSError, SandboxError):
-            # Its links went with the network of the process that made it; the namespace's name is left.
-            with suppress(OSError):
-                syscalls.umount(layout.netns, detach=True)
-            shutil.rmtree(layout.folder, ignore_errors=True)
+        router.remove(layout)
 
 
 def canary() -> str:

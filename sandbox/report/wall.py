@@ -94,14 +94,11 @@ def _sysctl(name: str) -> str:
 
 
 def _rules(nft: Nft) -> str:
-    """The rules as text, without the elements of the sets: those are read one by one."""
-    lines = []
-    for chain in ("from_dyno", "outward", "rates", "inward", "input", "forward", "deny", "ask"):
-        try:
-            lines.append(nft.text(f"chain {ruleset.TABLE} {chain}"))
-        except HostError:
-            lines.append(f"no chain {chain}")
-    return "\n".join(lines)
+    """The rules as text, without the elements of the sets: those are read by themselves."""
+    try:
+        return nft.text(f"table {ruleset.TABLE}", terse=True)
+    except HostError:
+        return ""
 
 
 def _members(record: dict[str, Any], container_id: str, port: int) -> dict[str, tuple[str, str]]:

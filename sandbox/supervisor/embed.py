@@ -93,12 +93,13 @@ def run(
     signals: int,
     hold: Callable[[], None] = lambda: None,
     meanwhile: Callable[[], None] = lambda: None,
+    examine: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Runs one dyno from the app's folder to the end of its process, and takes everything down again.
 
     ``signals``: a descriptor from which signal numbers come. ``hold`` is called once there is something to take
     down: from then on a signal must not interrupt us, but come through that descriptor. ``meanwhile`` loads what the
-    caller needs later. Raises SandboxError before the start; afterwards the result says how it ended.
+    caller needs later. ``examine`` is called with the dyno's id behind the gate. Raises SandboxError before the start; afterwards the result says how it ended.
     """
     phases = Phases()
     os.umask(0o022)
@@ -144,6 +145,7 @@ def run(
         slug_digest=slug.digest,
     )
     dyno = Dyno(config, engine, launch, phases=phases)
+    dyno.examine = lambda: examine(dyno.container_id)
     log = KernelLog()
     words = " ".join(request.command) or plan.process_types().get(process_type, "")
     try:

@@ -252,9 +252,9 @@ def ids(question):
             os.close(fd)
             os.unlink("/tmp/.own")
 
-    def raise_all():
+    def raise_(*sets):
         header = struct.pack("<II", 0x20080522, 0)
-        data = struct.pack("<6I", *([0xFFFFFFFF] * 6))
+        data = struct.pack("<6I", *sets)
         h, d = ctypes.create_string_buffer(header), ctypes.create_string_buffer(data)
         return raw(126, ctypes.addressof(h), ctypes.addressof(d))
 
@@ -278,7 +278,10 @@ def ids(question):
     return {
         "PRV-05": [["setuid(0)", in_child(setuid)], ["setgroups([0])", in_child(lambda: os.setgroups([0]))]],
         "PRV-07": [["set a file capability", outcome(file_capability)]],
-        "PRV-08": [["capset(everything)", in_child(raise_all)]],
+        "PRV-08": [
+            ["capset(CAP_NET_RAW)", in_child(lambda: raise_(1 << 13, 1 << 13, 0, 0, 0, 0))],
+            ["capset(everything)", in_child(lambda: raise_(*([0xFFFFFFFF] * 6)))],
+        ],
         "PRV-09": [["fchmod(04755)", outcome(lambda: own(0o4755))], ["fchmod(02755)", outcome(lambda: own(0o2755))]],
         "PRV-19": [
             ["kill(a host process, 0)", outcome(lambda: os.kill(host, 0))],
@@ -878,8 +881,8 @@ def resolve(question):
 
 
 def flood(question):
-    end, line = time.monotonic() + question["seconds"], b"x" * 65535 + b"\n"
-    while time.monotonic() < end:
+    line = b"x" * 65535 + b"\n"
+    for _ in range(question["bytes"] // len(line)):
         os.write(1, line)
     return {}
 

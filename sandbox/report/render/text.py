@@ -54,7 +54,7 @@ class _Page:
         yield "  " + self._paint(
             f"exposure {exposure:.1f} of 10 {escape(str(summary['word']))}", verdict
         ) + f"   proof {summary['proof_coverage'] * 100:.0f}%   mutants caught {mutants}"
-        words = [f"{number} {name.replace('_', ' ')}" for name, number in counts.items() if number]
+        words = [f"{counts[name]} {name.replace('_', ' ')}" for name in _MARKS if counts.get(name)]
         yield f"  {summary['checks']} checks: {', '.join(words)}"
         how = {"live": "a live dyno", "start": "this dyno, at its start", "twin": "a twin", "full": "a twin and its mutants"}
         made = how.get(document["mode"], escape(document["mode"]))

@@ -7,10 +7,10 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from sandbox.errors import HostError
-from sandbox.host import inside
 from sandbox.policy import mounts as plan
 from sandbox.policy.clauses import Clause
 from sandbox.report.facts import Facts
@@ -143,22 +143,41 @@ def _ephemeral(facts: Facts) -> Iterator[Fact]:
         yield twin("a file of its own", "ok", str(own), holds=True if own == "ok" else None, why="nothing can be written at all")  # fmt: skip
 
 
-def _manifest(facts: Facts) -> dict[str, Any]:
+class _Built(NamedTuple):
+    """What the stack's manifest says, as far as it is asked: digests, setuid files, links."""
+
+    files: int
+    digests: dict[str, str]
+    setuid: tuple[str, ...]
+    links: frozenset[str]
+
+
+@cache
+def _built(manifest: str) -> _Built:
+    """The manifest's name is the digest of its image: what was read of it once stays true."""
     try:
-        with open(facts.record.stack_manifest, encoding="utf-8") as file:
-            return dict(json.load(file))
+        with open(manifest, encoding="utf-8") as file:
+            entries: dict[str, Any] = json.load(file)
     except FileNotFoundError as error:
         raise HostError("the stack image's manifest is gone.", hint="sandbox stack build") from error
+    return _Built(
+        len(entries),
+        {
+            path: entry["sha256"]
+            for path, entry in entries.items()
+            if path.startswith("usr/") and path.rpartition("/")[2] in _CRITICAL_FILES and "sha256" in entry
+        },
+        tuple(path for path, entry in entries.items() if int(entry["mode"]) & 0o6000 and "link" not in entry),
+        frozenset(path for path in _POINTS if "link" in entries.get(path, {})),
+    )
+
+
+_POINTS = ("dev", "proc", "sys", "app", "tmp", "run/gate", "etc/heroku")
 
 
 def _page_cache(facts: Facts) -> Iterator[Fact]:
     """As the dyno's processes would read them, from the page cache, against what was built."""
-    wanted = {
-        path: entry["sha256"]
-        for path, entry in _manifest(facts).items()
-        if "sha256" in entry and path.rpartition("/")[2] in _CRITICAL_FILES and path.startswith("usr/")
-    }
-    for path, digest in sorted(wanted.items()):
+    for path, digest in sorted(_built(facts.record.stack_manifest).digests.items()):
         try:
             with open(f"/proc/{facts.pid}/root/{path}", "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
@@ -168,22 +187,18 @@ def _page_cache(facts: Facts) -> Iterator[Fact]:
 
 
 def _setuid_files(facts: Facts) -> Iterator[Fact]:
-    entries = _manifest(facts)
-    risky = [path for path, entry in entries.items() if int(entry["mode"]) & 0o6000 and "link" not in entry]
-    real = os.lstat(f"/proc/{facts.pid}/root/usr/bin/passwd") if "usr/bin/passwd" in entries else None
-    yield host(f"setuid and setgid among {len(entries)} files of the stack", "none", ", ".join(risky[:3]) or "none", holds=not risky)  # fmt: skip
+    built = _built(facts.record.stack_manifest)
+    yield host(f"setuid and setgid among {built.files} files of the stack", "none", ", ".join(built.setuid[:3]) or "none", holds=not built.setuid)  # fmt: skip
     found = []
-    for folder in ("usr/bin", "usr/sbin"):
-        for entry in os.scandir(f"/proc/{facts.pid}/root/{folder}"):
-            if entry.stat(follow_symlinks=False).st_mode & 0o6000 and not entry.is_symlink():
-                found.append(entry.name)
-    yield kernel("setuid and setgid programs that it sees", "none", ", ".join(found[:3]) or "none", holds=not found and (real is None or not real.st_mode & 0o6000))  # fmt: skip
+    for entry in os.scandir(f"/proc/{facts.pid}/root/usr/bin"):
+        if entry.stat(follow_symlinks=False).st_mode & 0o6000 and not entry.is_symlink():
+            found.append(entry.name)
+    yield kernel("setuid and setgid programs in /usr/bin", "none", ", ".join(found[:3]) or "none", holds=not found)
 
 
 def _places(facts: Facts) -> Iterator[Fact]:
     """A link where a mount goes would lead the mount out of the dyno's tree."""
-    entries = _manifest(facts)
-    links = [name for name in ("dev", "proc", "sys", "app", "tmp", "run/gate", "etc/heroku") if "link" in entries.get(name, {})]  # fmt: skip
+    links = _built(facts.record.stack_manifest).links
     yield host("links among the mount points of the stack", "none", ", ".join(links) or "none", holds=not links)
     for target in ("/dev", "/proc", "/sys", "/app"):
         status = os.lstat(f"/proc/{facts.pid}/root{target}")
@@ -207,7 +222,7 @@ def _slug(facts: Facts) -> Iterator[Fact]:
 
 def _inotify(facts: Facts) -> Iterator[Fact]:
     if facts.record.user_namespace:
-        value = inside.user_limits(facts.pid).get("max_inotify_instances", 1 << 30)
+        value = facts.user_limits.get("max_inotify_instances", 1 << 30)
         yield kernel("user.max_inotify_instances, inside", "at most 128", value, holds=value <= 128)
     said = facts.answer("FS-24", "inotify instances")
     if said is not None:

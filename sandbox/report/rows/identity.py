@@ -44,10 +44,10 @@ def _secrets(facts: Facts) -> Iterator[Fact]:
         found = sorted(os.environ)
     else:
         found = _variables(facts)
-    # Of the shells and runtimes on the way: runc adds HOME, Python's start LC_CTYPE.
-    gate = {"PATH", "TERM", "PWD", "SHLVL", "_", "OLDPWD", "HOME", "LC_CTYPE"}
+    # Of the shells and runtimes on the way: runc adds HOME, Docker HOSTNAME, Python's start LC_CTYPE.
+    gate = {"PATH", "TERM", "PWD", "SHLVL", "_", "OLDPWD", "HOME", "HOSTNAME", "LC_CTYPE"}
     extra = [name for name in found if name not in (*names, *gate)]
-    yield kernel("variables at its init", "PATH, and TERM with a terminal", ", ".join(extra[:4]) or ", ".join(found), holds=not extra)  # fmt: skip
+    yield kernel("variables at its init", "none but the runtime's own", ", ".join(extra[:4]) or ", ".join(found), holds=not extra)  # fmt: skip
     said = facts.answer("IDN-03", "the supervisor's secret")
     if said is not None:
         yield twin("a secret of the supervisor", "nowhere", said, holds=said == "nowhere")
@@ -87,6 +87,8 @@ def _inert(facts: Facts) -> Iterator[Fact]:
     """The name that the twin gave to a process, and worse, through every format of this report."""
     from sandbox.report.render import escape_check
 
+    if facts.attempts is None:
+        return
     for name, open_ in escape_check(_HOSTILE).items():
         yield host(f"hostile text in {name}", "inert", open_ or "inert", holds=not open_)
 
@@ -107,7 +109,7 @@ def samples() -> dict[str, str]:
     """What the checks of our own output say of bytes that did not pass through it: they must find them open."""
     from sandbox.report.render import open_text
 
-    line = b"\0\xff" * (32768 * 16)
+    line = b"\0\xff" * (32768 * 4)
     found = {
         "LOG-02": ", ".join(_controls_in(_ESCAPES)),
         "LOG-03": ", ".join(_loose_lines(_FORGED))[:60],
@@ -120,7 +122,9 @@ def samples() -> dict[str, str]:
 _LONGEST = 65536
 
 
-def _display(_: Facts) -> Iterator[Fact]:
+def _display(facts: Facts) -> Iterator[Fact]:
+    if facts.attempts is None:
+        return
     from sandbox.dyno.logs import Framer
     from sandbox.engine.base import Stream
 
@@ -128,7 +132,9 @@ def _display(_: Facts) -> Iterator[Fact]:
     yield host("terminal escapes in a log line", "shown, not obeyed", ", ".join(bad) or "shown, not obeyed", holds=not bad)  # fmt: skip
 
 
-def _forged(_: Facts) -> Iterator[Fact]:
+def _forged(facts: Facts) -> Iterator[Fact]:
+    if facts.attempts is None:
+        return
     from sandbox.dyno.logs import Framer
     from sandbox.engine.base import Stream
 
@@ -136,15 +142,17 @@ def _forged(_: Facts) -> Iterator[Fact]:
     yield host("physical lines without the app's prefix", "none", loose[0][:60] if loose else "none", holds=not loose)
 
 
-def _long(_: Facts) -> Iterator[Fact]:
+def _long(facts: Facts) -> Iterator[Fact]:
+    if facts.attempts is None:
+        return
     from sandbox.dyno.logs import Framer
     from sandbox.engine.base import Stream
 
     framer, longest = Framer("web.1"), 0
-    for _index in range(16):
+    for _index in range(4):
         for line in framer.feed(Stream.STDOUT, b"\0\xff" * 32768).splitlines():
             longest = max(longest, len(line))
-    yield host("the longest line made of 1 MiB without a newline", "at most 64 KiB", longest, holds=0 < longest <= _LONGEST)  # fmt: skip
+    yield host("the longest line made of 256 KiB without a newline", "at most 64 KiB", longest, holds=0 < longest <= _LONGEST)  # fmt: skip
 
 
 def _flood(facts: Facts) -> Iterator[Fact]:

@@ -30,9 +30,7 @@ def _namespaces(facts: Facts) -> Iterator[Fact]:
 
 def _limits_inside(facts: Facts) -> Iterator[Fact]:
     """Read from within the dyno's user namespace: the limits are the namespace's own."""
-    from sandbox.host import inside
-
-    values = inside.user_limits(facts.pid)
+    values = facts.user_limits
     for kind in ("user", "mnt", "net", "pid", "uts", "ipc", "cgroup", "time"):
         value = values.get(f"max_{kind}_namespaces")
         if value is not None:
@@ -133,6 +131,15 @@ def _oob(_: Facts) -> Iterator[Fact]:
     yield absent("MSG_OOB in the policy", "allowed", "not promised: telnet-like protocols need it")
 
 
+def _sysrq(facts: Facts) -> Iterator[Fact]:
+    if not os.path.exists("/proc/sysrq-trigger"):
+        yield absent("/proc/sysrq-trigger", "no such file", "this kernel has no emergency keys")
+        return
+    said = facts.answer("KRN-29", "open /proc/sysrq-trigger for writing")
+    if said is not None:
+        yield twin("open /proc/sysrq-trigger for writing", "EROFS", said, holds=said in ("EROFS", "EACCES"))
+
+
 def _clone3(facts: Facts) -> Iterator[Fact]:
     said = facts.answer("KRN-02b", "clone3")
     if said is not None:
@@ -224,7 +231,7 @@ ROWS = (
     Row("KRN-28", Area.KERNEL, "cannot change kernel settings", "Every switch of the kernel is read-only.", SERIOUS,
         "ATT&CK:T1611", _FIX, _NONE, accepts=("none",), clause=Clause.MOUNTS),
     Row("KRN-29", Area.KERNEL, "cannot use the emergency keys", "This app cannot trigger reboots or dumps by file.",
-        SERIOUS, "CVE-2025-52881", _FIX, _NONE, accepts=("EROFS", "EACCES", "ENOENT"), clause=Clause.MOUNTS),
+        SERIOUS, "CVE-2025-52881", _FIX, _NONE, _sysrq, clause=Clause.MOUNTS),
     Row("KRN-30", Area.KERNEL, "a security label in force", "A second, independent wall stands around files.", MODERATE,
         "CIS-Docker:5.2 CIS-Docker:5.3 CVE-2025-52881", "install AppArmor", _NONE, _label),
     Row("KRN-31", Area.KERNEL, "known kernel holes", "Holes that others escaped through are fixed or out of reach.",

@@ -32,10 +32,10 @@ def _interfaces(facts: Facts) -> Iterator[Fact]:
 
 
 def _host(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "this host", "ip daddr @hosts4 meta mark set 0x00000001 goto deny")
     hosts = facts.wall.hosts
     yield kernel("addresses of the host that are denied", "every one", ", ".join(sorted(hosts)) or "none", holds=bool(hosts) and "host addresses" not in facts.wall.faults)  # fmt: skip
     yield from network(facts, "NET-02")
+    yield from _own_wall(facts, "this host", "ip daddr @hosts4 meta mark set 0x00000001 goto deny")
 
 
 def _own_wall(facts: Facts, what: str, text: str) -> Iterator[Fact]:
@@ -52,7 +52,6 @@ def _itself(facts: Facts) -> Iterator[Fact]:
 
 
 def _others(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "other apps", _LOOKUP)
     for other in facts.others:
         if other.place is not None:
             covered = facts.wall.covers(str(other.place.address))
@@ -61,47 +60,48 @@ def _others(facts: Facts) -> Iterator[Fact]:
     covered = facts.wall.covers(pool)
     yield kernel("the dynos' addresses", "denied", "denied" if covered else "open", holds=covered)
     yield from network(facts, "NET-03")
+    yield from _own_wall(facts, "other apps", _LOOKUP)
 
 
 def _metadata(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "metadata services", _LOOKUP)
     open_ = [address for address in METADATA if not facts.wall.covers(address)]
     yield kernel("the clouds' metadata addresses", "denied", ", ".join(open_) or f"all {len(METADATA)} denied", holds=not open_)  # fmt: skip
     yield from network(facts, "NET-04")
+    yield from _own_wall(facts, "metadata services", _LOOKUP)
 
 
 def _private(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "private networks", _LOOKUP)
     missing = facts.wall.misses(_RANGES)
     yield kernel("private, shared, link-local and reserved ranges", "denied", ", ".join(missing) or "all denied", holds=not missing)  # fmt: skip
     yield from network(facts, "NET-05")
+    yield from _own_wall(facts, "private networks", _LOOKUP)
 
 
 def _multicast(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "multicast and broadcast", "fib daddr type { local, broadcast, anycast, multicast }")
     missing = facts.wall.misses(frozenset((Reason.MULTICAST, Reason.BROADCAST)))
     yield kernel("multicast and broadcast ranges", "denied", ", ".join(missing) or "all denied", holds=not missing)
     yield from network(facts, "NET-06")
+    yield from _own_wall(facts, "multicast and broadcast", "fib daddr type { local, broadcast, anycast, multicast }")
 
 
 def _ipv6(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "IPv6", "meta nfproto != ipv4 meta mark set 0x00000011 goto deny")
     for name, promised, observed in facts.wall.sysctls:
         if name.startswith("ipv6"):
             yield kernel(f"{name} in the router", promised, observed, holds=observed in (promised, "absent"))
     yield from network(facts, "NET-07")
+    yield from _own_wall(facts, "IPv6", "meta nfproto != ipv4 meta mark set 0x00000011 goto deny")
 
 
 def _spoof(facts: Facts) -> Iterator[Fact]:
-    yield from _own_wall(facts, "false senders", "iifname . ip saddr != @src4 meta mark set 0x00000010 goto deny")
     there = facts.wall.members.get("source", False)
     yield kernel("its own address in the set of senders", "there", "there" if there else "missing", holds=there)
     yield from network(facts, "NET-08")
+    yield from _own_wall(facts, "false senders", "iifname . ip saddr != @src4 meta mark set 0x00000010 goto deny")
 
 
 def _arp(facts: Facts) -> Iterator[Fact]:
-    yield from _itself(facts)
     yield from said(facts, "NET-10")
+    yield from _itself(facts)
 
 
 def said(facts: Facts, row: str) -> Iterator[Fact]:
@@ -111,24 +111,24 @@ def said(facts: Facts, row: str) -> Iterator[Fact]:
 
 
 def _inbound(facts: Facts) -> Iterator[Fact]:
-    yield from _itself(facts)
     rule = "tcp dport @inbound4 ct state new"
     yield _rule(facts, "connections to its other ports", rule)
     if facts.record.port:
         there = facts.wall.members.get("inbound", False)
         yield kernel("the way in for this host", f"port {facts.record.port} only", "set" if there else "missing", holds=there)  # fmt: skip
     yield from said(facts, "NET-17")
+    yield from _itself(facts)
 
 
 def _names(facts: Facts) -> Iterator[Fact]:
     from sandbox.firewall import router
     from sandbox.firewall.layout import Layout
 
-    yield from _itself(facts)
     alive = router.guarded(Layout(facts.config))
     yield kernel("who answers names", "the guard's resolver", "the guard's resolver" if alive else "nobody: names do not resolve", holds=True)  # fmt: skip
     yield from network(facts, "NET-19")
     yield from said(facts, "NET-19-names")
+    yield from _itself(facts)
 
 
 def _rebinding(facts: Facts) -> Iterator[Fact]:
@@ -139,12 +139,11 @@ def _smtp(facts: Facts) -> Iterator[Fact]:
     if facts.spec.policy.egress.smtp:
         yield absent("egress of the policy", "smtp", "this app asked for port 25")
         return
-    yield from _own_wall(facts, "mail", "tcp dport 25 iifname != @smtp meta mark set 0x00000013 goto deny")
     yield from network(facts, "NET-21")
+    yield from _own_wall(facts, "mail", "tcp dport 25 iifname != @smtp meta mark set 0x00000013 goto deny")
 
 
 def _flood(facts: Facts) -> Iterator[Fact]:
-    yield from _itself(facts)
     yield _rule(facts, "floods of new flows", "iifname @fresh meta mark set 0x00000018 goto deny")
     there = facts.wall.members.get("new flows", False)
     yield kernel("its rate of new flows", "set", "set" if there else "missing", holds=there)
@@ -152,6 +151,7 @@ def _flood(facts: Facts) -> Iterator[Fact]:
     if found is not None:
         good = found["arrived"] <= found["most"] and found["denied"] > 0
         yield Fact(Tier.NETWORK, f"{found['sent']} new flows at once", f"at most {found['most']} arrive", f"{found['arrived']} arrived, new-rate +{found['denied']}", good)  # fmt: skip
+    yield from _itself(facts)
 
 
 def _cut(facts: Facts) -> Iterator[Fact]:
@@ -162,17 +162,17 @@ def _cut(facts: Facts) -> Iterator[Fact]:
 
 
 def _helpers(facts: Facts) -> Iterator[Fact]:
-    yield from _itself(facts)
     there = "ct helper" in facts.wall.rules
     yield kernel("helpers that open ports by what is said", "none", "some" if there else "none", holds=not there)
+    yield from _itself(facts)
 
 
 def _options(facts: Facts) -> Iterator[Fact]:
-    yield from _itself(facts)
     for name, promised, observed in facts.wall.sysctls:
         if not name.startswith("ipv6"):
             yield kernel(f"{name} in the router", promised, observed, holds=observed == promised)
     yield from network(facts, "NET-26")
+    yield from _itself(facts)
 
 
 def _vanish(facts: Facts) -> Iterator[Fact]:
@@ -183,16 +183,15 @@ def _vanish(facts: Facts) -> Iterator[Fact]:
 
 
 def _whole(facts: Facts) -> Iterator[Fact]:
-    yield from _itself(facts)
     for fault in facts.wall.faults:
         yield kernel("the wall as it was made", "unchanged", f"changed: {fault}", holds=False)
     if not facts.wall.faults:
         yield kernel("the wall as it was made", "unchanged", f"sha256 {facts.wall.digest[:12]}", holds=True)
+    yield from _itself(facts)
 
 
 def _none_mode(facts: Facts) -> Iterator[Fact]:
     """The egress that was asked for: what is not on it does not pass."""
-    yield from _itself(facts)
     mode = facts.spec.policy.egress.mode
     rule = {
         Mode.PUBLIC: "iifname @public goto rates",
@@ -201,6 +200,7 @@ def _none_mode(facts: Facts) -> Iterator[Fact]:
     }[mode]
     yield _rule(facts, f"what egress {mode.value} does not allow", rule)
     yield from network(facts, "NET-30")
+    yield from _itself(facts)
 
 
 ROWS = (

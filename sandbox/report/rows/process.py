@@ -198,6 +198,13 @@ def _at_the_gate(facts: Facts) -> Iterator[Fact]:
     )  # fmt: skip
 
 
+def _launcher(facts: Facts) -> Iterator[Fact]:
+    mount = observe.mount_of(f"/proc/{facts.pid}/exe")
+    line = next((line for line in facts.mounts if line.mount_id == mount), None)
+    flags = line.flags if line is not None else frozenset()
+    yield kernel("the mount of init's program", "read-only", "read-only" if "ro" in flags else "writable", holds="ro" in flags)  # fmt: skip
+
+
 def _core(facts: Facts) -> Iterator[Fact]:
     yield from rlimit(facts, "CORE")
     pattern = read_host("/proc/sys/kernel/core_pattern") or ""
@@ -292,7 +299,7 @@ ROWS = (
     Row("PRV-28", Area.PROCESS, "no leaked descriptors", "This app was handed no open file of the host.", CRITICAL,
         "CVE-2024-21626", "upgrade the runtime", _NONE, _descriptors, clause=Clause.DESCRIPTORS),
     Row("PRV-29", Area.PROCESS, "cannot overwrite its launcher", "This app cannot change the program that started it.",
-        SERIOUS, "CVE-2019-5736", _RESTART, _NONE, accepts=("EACCES", "EROFS")),
+        SERIOUS, "CVE-2019-5736", _RESTART, _NONE, _launcher, accepts=("EACCES", "EROFS")),
     Row("PRV-30", Area.PROCESS, "nothing joins it", "No helper with more rights enters this app while it runs.", MODERATE,
         "CVE-2016-9962", "", _NONE, _joiner),
     Row("PRV-31", Area.PROCESS, "no core dumps through a helper", "A crash of this app starts no program of the host.",
