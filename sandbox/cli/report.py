@@ -15,7 +15,7 @@ from sandbox.units import show
 if TYPE_CHECKING:
     from sandbox.config import Config
     from sandbox.dyno.record import Record
-    from sandbox.report.make import Made
+    from sandbox.report.document import Made
     from sandbox.report.twin import Wanted
 
 Document = dict[str, Any]
@@ -56,16 +56,16 @@ def _options(function: Any) -> Any:
     for option in reversed(
         (
             click.option("--full", is_flag=True, help="Attack a twin, and take every clause out of twins once."),
-            click.option("--format", "formats", multiple=True, type=click.Choice(FORMATS), help="Repeatable; each with its own -o."),
-            click.option("-o", "--output", "outputs", multiple=True, metavar="FILE", help="Where a format goes; - is stdout."),
-            click.option("--threshold", type=float, metavar="N", help="Exit code 1 when the exposure (0 to 10) is above N."),
+            click.option("--format", "formats", multiple=True, type=click.Choice(FORMATS), help="Repeatable."),
+            click.option("-o", "--output", "outputs", multiple=True, metavar="FILE", help="Where it goes."),
+            click.option("--threshold", type=float, metavar="N", help="Exit code 1 above that exposure."),
             click.option("--strict", is_flag=True, help="Exit code 2 when something is unproven."),
             click.option("--engine", default="auto", show_default=True, metavar="auto|oci|docker"),
             click.option("--runtime", metavar="runc|crun|runsc"),
             click.option("-s", "--size", default="standard-1x", show_default=True, help="The dyno size of a twin."),
             click.option("--egress", metavar="WHAT", help="The egress of a twin; default: the app's own."),
             click.option("--smtp", is_flag=True, help="The twin may reach port 25."),
-            click.option("--waive", multiple=True, metavar="CLAUSE", help="A clause that the twin may lack (repeatable)."),
+            click.option("--waive", multiple=True, metavar="CLAUSE", help="The twin may lack it (repeatable)."),
             click.option("-q", "--quiet", is_flag=True, help="No progress."),
         )
     ):  # fmt: skip
@@ -77,7 +77,7 @@ def _options(function: Any) -> Any:
 @click.argument("what")
 @_options
 @click.pass_obj
-def make_command(context: Context, what: str, **options: Any) -> int:
+def make_command(context: Context, /, what: str, **options: Any) -> int:
     """Report on a live dyno, or on a twin of an app."""
     return _guarded(lambda: _make(context, what, options))
 
@@ -109,7 +109,7 @@ def _make(context: Context, what: str, options: dict[str, Any]) -> int:
     else:
         record = make.of_dyno(config, what)
         if options["full"]:
-            made = make.twin(config, _wanted_of(config, record), _record_maker(config, record), full=True, progress=progress)  # fmt: skip
+            made = make.twin(config, _wanted_of(config, record), lambda _: record, full=True, progress=progress)
         else:
             made = make.live(config, record)
     progress.close()
@@ -171,7 +171,9 @@ def _targets(formats: tuple[str, ...], outputs: tuple[str, ...]) -> list[tuple[s
         ending = _SUFFIXES.get(os.path.splitext(path)[1].lower())
         chosen = ending if ending in left or (ending and not formats) else left[0] if left else None
         if chosen is None:
-            raise UsageError(f"no format is left for {show(path)}.", hint="--format " + "|".join(FORMATS) + " for each -o.")
+            raise UsageError(
+                f"no format is left for {show(path)}.", hint="--format " + "|".join(FORMATS) + " for each -o."
+            )
         if chosen in left:
             left.remove(chosen)
         found.append((chosen, path))
@@ -214,7 +216,7 @@ def write(document: Document, targets: list[tuple[str, str]]) -> None:
             if os.path.exists(draft):
                 os.unlink(draft)
             raise SandboxError(
-                f"{show(path)} cannot be written: {error.strerror}.", hint="the report is kept; `sandbox report list` says where."
+                f"{show(path)} cannot be written: {error.strerror}.", hint="sandbox report list says where it is kept."
             ) from error  # fmt: skip
 
 
@@ -243,9 +245,14 @@ def wanted_for(context: Context, path: str, options: dict[str, Any]) -> Wanted:
     from sandbox.supervisor import embed, engines
 
     request = embed.Request(
-        path=path, size=options["size"], engine=options["engine"], runtime=options["runtime"],
-        waived=parse_waivers(options["waive"]), egress=options["egress"] or "", smtp=options["smtp"],
-    )  # fmt: skip
+        path=path,
+        size=options["size"],
+        engine=options["engine"],
+        runtime=options["runtime"],
+        waived=parse_waivers(options["waive"]),
+        egress=options["egress"] or "",
+        smtp=options["smtp"],
+    )
     promised = embed.promised(context.config, request)
     engine, _ = engines.choose(context.config, request.engine, request.runtime, request.waived)
     return Wanted(promised.app, promised.policy, engine.name, engine.runtime, promised.stack, promised.env_names)
@@ -260,11 +267,24 @@ def _twin_record(wanted: Wanted) -> Any:
     def make(_: Any) -> Record:
         spec = ContainerSpec("twin", "twin-1", (), wanted.policy, SlotPaths("", "", "", ""), 0, "", "")
         return Record(
-            name=f"a twin of {wanted.app}", app=wanted.app, engine=wanted.engine, runtime=wanted.runtime,
-            user_namespace=wanted.engine == "oci", spec=spec, place=None, port=5000, pid=0, start_ticks=0, started=0.0,
-            boot_id=observe.boot_id(), stack_digest=wanted.stack.digest, stack_manifest=wanted.stack.manifest,
-            slug_digest="", env_names=wanted.env_names, descriptors=(),
-        )  # fmt: skip
+            name=f"a twin of {wanted.app}",
+            app=wanted.app,
+            engine=wanted.engine,
+            runtime=wanted.runtime,
+            user_namespace=wanted.engine == "oci",
+            spec=spec,
+            place=None,
+            port=5000,
+            pid=0,
+            start_ticks=0,
+            started=0.0,
+            boot_id=observe.boot_id(),
+            stack_digest=wanted.stack.digest,
+            stack_manifest=wanted.stack.manifest,
+            slug_digest="",
+            env_names=wanted.env_names,
+            descriptors=(),
+        )
 
     return make
 
@@ -275,10 +295,6 @@ def _wanted_of(config: Any, record: Record) -> Wanted:
 
     found = stack.find(config, stack.Variant.RUNTIME)
     return Wanted(record.app, record.spec.policy, record.engine, record.runtime, found, record.env_names)
-
-
-def _record_maker(config: Any, record: Record) -> Any:
-    return lambda _: record
 
 
 @command.command("list", context_settings=_HELP)
@@ -329,7 +345,9 @@ def verify_command(context: Context, file: str, key: str) -> int:
         from sandbox.report import seal
 
         found = seal.verify(context.config, file, public_key=key)
-        whose = "this host's key" if found.ours and not key else "the given key" if key else "a key that is not known here"
+        whose = (
+            "this host's key" if found.ours and not key else "the given key" if key else "a key that is not known here"
+        )
         click.echo(f"intact: signed by {whose}, ed25519:{found.key[:16]}; {found.chained}.")
         if not found.ours:
             say("Hint: --key FILE names the key that must have signed it; without one, anybody's would do.")
@@ -364,7 +382,7 @@ def diff_command(_: Context, old: str, new: str) -> int:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @_options
 @click.pass_obj
-def parity_command(context: Context, path: str, *, as_json: bool, **options: Any) -> int:
+def parity_command(context: Context, /, path: str, *, as_json: bool, **options: Any) -> int:
     """Attack a twin on every engine and runtime of this host, side by side."""
     if not os.path.isdir(path):
         raise UsageError(f"{show(path)} is not a folder with an app.", hint="sandbox report parity ./app")

@@ -60,7 +60,12 @@ MAX_ENV_BYTES = 64 * 1024
     help="public, none, or allow:LIST of networks[:ports] and names; default: the app's sandbox.toml, then public.",
 )
 @click.option("--smtp", is_flag=True, help="Let the app reach port 25.")
-@click.option("--report", "report_file", metavar="FILE", help="Write the isolation report of this dyno: .html .json .sarif .xml .txt.")
+@click.option(
+    "--report",
+    "report_file",
+    metavar="FILE",
+    help="Write the isolation report of this dyno: .html .json .sarif .xml .txt.",
+)
 @click.option("--get", metavar="/PATH", help="Once the web process is up, fetch PATH inside the dyno, then stop it.")
 @click.option("--raw", is_flag=True, help="The app's bytes as they are, stdout and stderr apart.")
 @click.option("--json", "as_json", is_flag=True, help="One document on stdout; the app's output on stderr.")

@@ -18,9 +18,9 @@ from sandbox.engine.base import Attachment, Container, Engine
 from sandbox.errors import ClauseError, EngineError, HostError
 from sandbox.firewall import admit, guard, router
 from sandbox.firewall.layout import Place
+from sandbox.host import observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
-from sandbox.host import observe
 from sandbox.host.stack import Stack
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from sandbox.config import Config
@@ -144,7 +145,7 @@ def _namespaces(subject: Subject) -> Iterator[tuple[str, str]]:
         if kind == "user":
             continue
         host = observe.namespace("self", kind)
-        inodes = {inode for _, inode in living(subject, lambda pid, kind=kind: observe.namespace(pid, kind))}
+        inodes = {inode for _, inode in living(subject, partial(observe.namespace, kind=kind))}
         if host in inodes:
             yield f"its own {kind} namespace", f"the supervisor's ({host})"
         elif len(inodes) != 1:

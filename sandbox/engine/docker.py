@@ -98,7 +98,7 @@ class DockerEngine:
         if "error" in str(answer):
             raise EngineError(f"Docker did not take the stack image: {escape(str(answer)[-300:])}")
 
-    def document(self, spec: ContainerSpec) -> docker_body.Json:
+    def document(self, spec: ContainerSpec) -> dict[str, object]:
         """The body of the create request."""
         return docker_body.create_body(spec)
 

@@ -70,7 +70,7 @@ class OciEngine:
     def prepare(self, stack_digest: str, stack_root: str) -> str:
         return stack_digest
 
-    def document(self, spec: ContainerSpec) -> oci.Json:
+    def document(self, spec: ContainerSpec) -> dict[str, object]:
         """The content of the bundle's config.json."""
         return oci.config(spec)
 

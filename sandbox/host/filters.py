@@ -37,7 +37,7 @@ def read(tid: int) -> Filters:
     try:
         _ptrace(_INTERRUPT, tid, 0, 0)
         os.waitpid(tid, _WALL)
-        programs = []
+        programs: list[bytes] = []
         while True:
             count = _libc.ptrace(_GET_FILTER, tid, len(programs), 0)
             if count < 0:

@@ -18,8 +18,7 @@ from sandbox.units import format_bytes
 Document = dict[str, Any]
 KIND = "sandbox-isolation-report"
 LIMITS = (
-    "The app shares the host's kernel: a hole in it that nobody knows yet can open this wall. gVisor (--runtime runsc) "
-    "and virtual machines are stronger.",
+    "The app shares the host's kernel: a hole that nobody knows yet can open this wall. gVisor and VMs are stronger.",
     "Neighbours on the same processor may learn something from its caches and timing.",
     "What is allowed stays possible: an app with egress can send what it knows to any public address.",
     "A signature shows that this host's key signed this report. It does not show that the host's root was honest.",
@@ -118,7 +117,9 @@ def _check(result: Result) -> Document:
         "observed": _cut(judge.column(result, _OBSERVED)),
         "exercised": _cut(judge.column(result, _EXERCISED)),
         "evidence": [_evidence(fact) for fact in result.facts],
-        "control": None if control is None else {"by": control.by, "observed": _cut(control.observed), "at": control.at},
+        "control": None
+        if control is None
+        else {"by": control.by, "observed": _cut(control.observed), "at": control.at},
         "refs": row.refs.split(),
         "fix": row.fix,
         "impact": row.impact,
@@ -176,7 +177,11 @@ def bars(policy: Policy, measured: Mapping[str, Any], usage: Mapping[str, Any]) 
     found = []
     memory = measured.get("memory", {}).get("peak", usage.get("memory_peak_bytes"))
     if memory is not None:
-        found.append(bar("memory", policy.memory_max_bytes, memory, (format_bytes(policy.memory_max_bytes), format_bytes(memory))))  # fmt: skip
+        found.append(
+            bar(
+                "memory", policy.memory_max_bytes, memory, (format_bytes(policy.memory_max_bytes), format_bytes(memory))
+            )
+        )
     pids = measured.get("processes", usage.get("pids_peak") or usage.get("pids"))
     if pids is not None:
         found.append(bar("processes", policy.pids_max, pids, (str(policy.pids_max), str(pids))))
@@ -188,11 +193,18 @@ def bars(policy: Policy, measured: Mapping[str, Any], usage: Mapping[str, Any]) 
             used = int(measured[name]["written"])
             found.append(bar(what, most, used, (format_bytes(most), format_bytes(used))))
     if "files" in measured:
-        found.append(bar("files", policy.disk_inodes, measured["files"], (str(policy.disk_inodes), str(measured["files"]))))  # fmt: skip
+        found.append(
+            bar("files", policy.disk_inodes, measured["files"], (str(policy.disk_inodes), str(measured["files"])))
+        )
     if "NET-22" in measured:
         flood = measured["NET-22"]
-        found.append(bar("new flows of a burst", flood["most"], flood["arrived"], (str(flood["most"]), str(flood["arrived"]))))  # fmt: skip
+        found.append(
+            bar("new flows of a burst", flood["most"], flood["arrived"], (str(flood["most"]), str(flood["arrived"])))
+        )
     return found
+
+
+_TEXTS = "id area title claim severity reason declared observed exercised fix impact".split()
 
 
 def check_shape(document: Document, path: str) -> None:
@@ -202,7 +214,7 @@ def check_shape(document: Document, path: str) -> None:
     try:
         for check in document["checks"]:
             Status(check["status"])
-            for key in ("id", "area", "title", "claim", "severity", "reason", "declared", "observed", "exercised", "fix", "impact"):  # fmt: skip
+            for key in _TEXTS:
                 _is(check[key], str)
             _is(check["weight"], int)
             for item in check["evidence"]:
@@ -244,23 +256,51 @@ def example(text: str) -> Document:
 
     result = Result(ALL[0], Status.FAIL, (fact,), text, Control("mutant bare", text, now()))
     return {
-        "kind": KIND, "schema": SCHEMA_VERSION, "product": "sandbox", "at": now(), "mode": "live", "seconds": 0.1,
+        "kind": KIND,
+        "schema": SCHEMA_VERSION,
+        "product": "sandbox",
+        "at": now(),
+        "mode": "live",
+        "seconds": 0.1,
         "summary": {
-            "exposure": 0.9, "word": "UNSAFE", "proof_coverage": 0.0, "mutation_score": None, "mutants_caught": 0,
-            "mutants_made": 0, "mutants_impossible": 0, "checks": 1,
+            "exposure": 0.9,
+            "word": "UNSAFE",
+            "proof_coverage": 0.0,
+            "mutation_score": None,
+            "mutants_caught": 0,
+            "mutants_made": 0,
+            "mutants_impossible": 0,
+            "checks": 1,
             "counts": {status.value: int(status is Status.FAIL) for status in Status},
         },
-        "subject": {"app": text, "dyno": text, "id": text, "engine": "oci", "runtime": "runc", "policy_digest": "0" * 64,
-                    "policy_version": 2, "egress": {"mode": "public", "networks": [text], "names": [text]}, "waived": [],
-                    "address": None, "port": None, "size": "eco", "stack_digest": "", "slug_digest": "", "uid_base": 0,
-                    "pid": 1, "start_ticks": 1, "boot_id": ""},
+        "subject": {
+            "app": text,
+            "dyno": text,
+            "id": text,
+            "engine": "oci",
+            "runtime": "runc",
+            "policy_digest": "0" * 64,
+            "policy_version": 2,
+            "egress": {"mode": "public", "networks": [text], "names": [text]},
+            "waived": [],
+            "address": None,
+            "port": None,
+            "size": "eco",
+            "stack_digest": "",
+            "slug_digest": "",
+            "uid_base": 0,
+            "pid": 1,
+            "start_ticks": 1,
+            "boot_id": "",
+        },
         "host": {"kernel": text, "findings": []},
         "checks": [_check(result)],
         "mutants": [_mutant({"mutant": "bare", "says": text, "reds": {"PRV-01": text}, "missed": [], "sloppy": []})],
         "limits": [{"what": "memory", "promised": 2, "measured": 1, "shown": [text, text]}],
         "events": {"denied": [{"what": text, "packets": 1}], "programs": [text]},
-        "notes": [text], "known_limits": [text],
-    }  # fmt: skip
+        "notes": [text],
+        "known_limits": [text],
+    }
 
 
 def age(document: Document) -> float:

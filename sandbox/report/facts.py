@@ -1,4 +1,4 @@
-"""Everything that is known of one dyno when its checks are judged; each reading is made once, when it is first needed."""
+"""All that is known of one dyno when its checks are judged; each reading is made once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sandbox.errors import HostError
 from sandbox.host import inside, observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.policy.clauses import Clause
+from sandbox.policy.spec import ContainerSpec
 from sandbox.report import filter as filters
 from sandbox.report import wall
 from sandbox.report.model import Fact, Row, Tier
@@ -44,7 +45,7 @@ class Facts:
 
     @classmethod
     def itself(cls, config: Config, record: Record, calls: filters.Calls) -> Facts:
-        """Ourselves in the dyno's place: a process with every right, which the readings of the kernel must find open."""
+        """Ourselves in the dyno's place: a process with every right, which every reading must find open."""
         return cls(config, record, pid=os.getpid(), calls=calls)
 
     @property
@@ -52,7 +53,7 @@ class Facts:
         return self.pid == os.getpid()
 
     @property
-    def spec(self) -> verify.ContainerSpec:
+    def spec(self) -> ContainerSpec:
         return self.record.spec
 
     def lives(self) -> bool:
@@ -97,7 +98,7 @@ class Facts:
     def wall(self) -> wall.Reading:
         if self.record.place is None:
             raise HostError("it has no place in the network: the clause was waived.")
-        return wall.read(self.config, self.spec.container_id, self.pid, self.record.place, self.record.port)
+        return wall.read(self.config, self.pid, self.record.place, self.record.port)
 
     @cached_property
     def others(self) -> list[Record]:

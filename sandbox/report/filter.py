@@ -127,9 +127,7 @@ def _native() -> Iterator[Case]:
     for call, arguments in _arguments():
         yield Case(NUMBERS[call], arguments)
         for position in range(len(arguments)):
-            yield Case(
-                NUMBERS[call], (*arguments[:position], arguments[position] | _HIGH, *arguments[position + 1 :])
-            )
+            yield Case(NUMBERS[call], (*arguments[:position], arguments[position] | _HIGH, *arguments[position + 1 :]))
 
 
 def _arguments() -> Iterator[tuple[str, tuple[int, ...]]]:

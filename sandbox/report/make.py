@@ -48,9 +48,16 @@ def live(config: Config, record: Record, *, mode: str = "live") -> Made:
     seconds = time.monotonic() - begin
     usage = _usage(facts)
     return Made(
-        mode, record, judged, [], {}, documents.bars(record.spec.policy, {}, usage), _events(config, record, usage),
-        _notes(proof), seconds,
-    )  # fmt: skip
+        mode,
+        record,
+        judged,
+        [],
+        {},
+        documents.bars(record.spec.policy, {}, usage),
+        _events(config, record, usage),
+        _notes(proof),
+        seconds,
+    )
 
 
 def _ended(result: Result) -> Result:
@@ -90,12 +97,15 @@ def _events(config: Config, record: Record, usage: Mapping[str, Any]) -> dict[st
     details.sort(key=lambda item: -item.packets)
     return {
         "denied": [
-            {"what": f"{d.protocol} {d.address}{':' + str(d.port) if d.port is not None else ''} rule={d.rule}", "packets": d.packets}
+            {
+                "what": f"{d.protocol} {d.address}{':' + str(d.port) if d.port is not None else ''} rule={d.rule}",
+                "packets": d.packets,
+            }
             for d in details[:20]
         ],
         "killed for memory": usage.get("oom_kills", 0),
         "processes refused": usage.get("pids_refused", 0),
-    }  # fmt: skip
+    }
 
 
 def _notes(proof: Proof) -> list[str]:
@@ -104,7 +114,9 @@ def _notes(proof: Proof) -> list[str]:
     return ["no twin of this policy was attacked on this boot: sandbox report --full APP tries what this only reads"]
 
 
-def twin(config: Config, wanted: Wanted, record_of: Callable[[Mapping[str, Any]], Record], *, full: bool, progress: Progress) -> Made:  # fmt: skip
+def twin(
+    config: Config, wanted: Wanted, record_of: Callable[[Mapping[str, Any]], Record], *, full: bool, progress: Progress
+) -> Made:
     """Attacks a twin; with ``full``, takes every clause out of it once. ``record_of`` makes its record."""
     begin = time.monotonic()
     progress("attacking a twin: calls, files, network, limits")
@@ -129,9 +141,16 @@ def twin(config: Config, wanted: Wanted, record_of: Callable[[Mapping[str, Any]]
     judged = [judge.control(result, found) for result in results]
     measured = _measured(answer)
     return Made(
-        "full" if full else "twin", record, judged, made, {}, documents.bars(wanted.policy, measured, answer["usage"]),
-        {"killed for memory": answer["usage"].get("oom_kills", 0)}, _remarks(answer), time.monotonic() - begin,
-    )  # fmt: skip
+        "full" if full else "twin",
+        record,
+        judged,
+        made,
+        {},
+        documents.bars(wanted.policy, measured, answer["usage"]),
+        {"killed for memory": answer["usage"].get("oom_kills", 0)},
+        _remarks(answer),
+        time.monotonic() - begin,
+    )
 
 
 def _measured(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,17 +178,17 @@ def _mutants(config: Config, wanted: Wanted, known: frozenset[str], progress: Pr
     chosen = [mutant for mutant in (*mutants.ALL, *mutants.HOST) if wanted.engine in mutant.engines]
     # The long ones first, dealt in turn.
     chosen.sort(key=lambda mutant: (not mutant.network, not mutant.limits, not mutant.groups))
-    count, total = 0, len(chosen)
+    total = len(chosen)
     order = {mutant.name: index for index, mutant in enumerate((*mutants.ALL, *mutants.HOST))}
     found = []
     # What is measured in CPU time needs both processors for itself.
     alone = [mutant for mutant in chosen if "cpu" in mutant.limits]
     rest = [mutant for mutant in chosen if mutant not in alone]
-    for answer in itertools.chain(
+    answers = itertools.chain(
         workers.run_mutants(config, wanted, [alone], known),
         workers.run_mutants(config, wanted, [rest[0::2], rest[1::2]], known),
-    ):
-        count += 1
+    )
+    for count, answer in enumerate(answers, 1):
         progress(f"mutant {count} of {total}: {answer.get('says', answer.get('failed', ''))}")
         if "mutant" not in answer:
             raise HostError(f"the mutants could not be made: {answer.get('failed')}", hint="sandbox doctor")
@@ -184,9 +203,15 @@ def _mutants(config: Config, wanted: Wanted, known: frozenset[str], progress: Pr
 
 def _proof_path(config: Config, policy: Policy, engine: str, runtime: str) -> str:
     parts = (
-        __version__, policy.digest(), engine, runtime, os.uname().release, observe.boot_id(),
-        json.dumps(filter_document(), sort_keys=True), repr([row.id for row in rows.ALL]),
-    )  # fmt: skip
+        __version__,
+        policy.digest(),
+        engine,
+        runtime,
+        os.uname().release,
+        observe.boot_id(),
+        json.dumps(filter_document(), sort_keys=True),
+        repr([row.id for row in rows.ALL]),
+    )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"{config.state_dir}/reports/proofs/{digest[:32]}.json"
 
@@ -226,10 +251,16 @@ def host(config: Config) -> dict[str, Any]:
         **doctor.host_facts(),
         "summary": doctor.summary(found),
         "findings": [
-            {"topic": f.topic, "verdict": f.verdict.value, "statement": f.statement, "evidence": f.evidence, "mend": f.mend}
+            {
+                "topic": f.topic,
+                "verdict": f.verdict.value,
+                "statement": f.statement,
+                "evidence": f.evidence,
+                "mend": f.mend,
+            }
             for f in found
         ],
-    }  # fmt: skip
+    }
 
 
 def finish(config: Config, made: Made, *, with_host: bool = True) -> Document:
@@ -240,4 +271,3 @@ def finish(config: Config, made: Made, *, with_host: bool = True) -> Document:
 def of_dyno(config: Config, name: str) -> Record:
     """The record of a live dyno; NotFound."""
     return records.find(config, name)
-

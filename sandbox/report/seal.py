@@ -60,7 +60,7 @@ def _locked(config: Config) -> Iterator[str]:
 
 
 def _key(folder: str) -> Any:
-    """This host's key, made at the first report; a file that others can read is refused."""
+    """The host's key, made at the first report; a file that others can read is refused."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

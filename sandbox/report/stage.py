@@ -149,12 +149,11 @@ class Stage:
             connection.setblocking(False)
             connection.send(b"canary\n")
             self._selector.register(connection, selectors.EVENT_READ, ("flow", f"flow {name}"))
+        elif link.recv(2048):
+            self.seen[name] += 1
         else:
-            if link.recv(2048):
-                self.seen[name] += 1
-            else:
-                self._selector.unregister(link)
-                link.close()
+            self._selector.unregister(link)
+            link.close()
 
     def _resolvers(self) -> None:
         """Answers in place of the host's own resolvers: one name is public, one private, one changes."""
@@ -247,6 +246,10 @@ def send(namespace: str, attempts: Iterable[Attempt], *, wait_s: float = WAIT_S)
     return set(inside_network(namespace, action).decode().splitlines())
 
 
+def _write(fd: int, data: bytes) -> None:
+    os.write(fd, data)
+
+
 def inside_network(namespace: str, action: Callable[[Callable[[bytes], None]], None], *, seconds: int = 20) -> bytes:
     """What a child says that is in that network namespace, and nowhere else, until it ends or the time is up."""
     import signal
@@ -260,7 +263,7 @@ def inside_network(namespace: str, action: Callable[[Callable[[bytes], None]], N
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(seconds)
             sys.setns(fd, sys.CLONE_NEWNET)
-            action(lambda data: None if os.write(write_end, data) else None)
+            action(lambda data: _write(write_end, data))
         finally:
             os._exit(0)
     os.close(fd)

@@ -23,7 +23,7 @@ from sandbox.dyno import record as records
 from sandbox.dyno.dyno import Dyno, Launch, Started
 from sandbox.engine.base import Attachment, Container, Engine, Stream
 from sandbox.engine.oci import OciEngine
-from sandbox.errors import EngineError, HostError, SandboxError
+from sandbox.errors import EngineError, HostError
 from sandbox.firewall import guard, router
 from sandbox.firewall.layout import Layout
 from sandbox.host import observe

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 from sandbox.config import Config
 from sandbox.errors import HostError
 from sandbox.firewall import admit, router, ruleset
-from sandbox.firewall.layout import Layout
+from sandbox.firewall.layout import Layout, Place
 from sandbox.host import netns
 from sandbox.host.nft import Nft
 from sandbox.policy import egress
 from sandbox.policy.egress import Reason
-from sandbox.report.model import Fact, Tier
 
 _SYSCTLS = (
     ("ipv4/conf/all/accept_source_route", "0"),
@@ -60,7 +59,7 @@ class Reading(NamedTuple):
         return at > last
 
 
-def read(config: Config, container_id: str, pid: int, place: Any, port: int) -> Reading:
+def read(config: Config, pid: int, place: Place, port: int) -> Reading:
     """Reads everything once. HostError when there is no router."""
     layout = Layout(config)
     if not router.standing(layout):
@@ -78,7 +77,7 @@ def read(config: Config, container_id: str, pid: int, place: Any, port: int) -> 
         rules = _rules(nft)
         denied = tuple(_ranges(nft.listing(f"map {ruleset.TABLE} deny4")))
         hosts = frozenset(_addresses(nft.listing(f"set {ruleset.TABLE} hosts4")))
-        wanted = _members(record, container_id, port) if record else {}
+        wanted = _members(record, port) if record else {}
         members = {name: _has(nft, *item) for name, item in wanted.items()}
     finally:
         nft.close()
@@ -101,7 +100,7 @@ def _rules(nft: Nft) -> str:
         return ""
 
 
-def _members(record: dict[str, Any], container_id: str, port: int) -> dict[str, tuple[str, str]]:
+def _members(record: dict[str, Any], port: int) -> dict[str, tuple[str, str]]:
     link, traffic = f'"{record["link"]}"', record["traffic"]
     wanted = {
         "source": ("src4", f"{link} . {record['address']}"),
@@ -143,12 +142,5 @@ def _bounds(value: Any) -> tuple[int, int]:
 
 
 def _addresses(listing: list[dict[str, Any]]) -> list[str]:
-    found = []
-    for item in listing:
-        for element in item.get("set", {}).get("elem", []):
-            found.append(element if isinstance(element, str) else str(element.get("elem", {}).get("val")))
-    return found
-
-
-def fact(what: str, promised: str, observed: str, *, holds: bool) -> Fact:
-    return Fact(Tier.KERNEL, what, promised, observed, holds)
+    elements = (element for item in listing for element in item.get("set", {}).get("elem", []))
+    return [e if isinstance(e, str) else str(e.get("elem", {}).get("val")) for e in elements]

@@ -15,7 +15,7 @@ from sandbox.config import Config
 from sandbox.dyno.record import Record
 from sandbox.errors import HostError, SandboxError
 from sandbox.host import syscalls as sys
-from sandbox.report import judge, rows, session
+from sandbox.report import judge, packets, rows, session, usage
 from sandbox.report import twin as twins
 from sandbox.report.facts import Facts
 from sandbox.report.model import Fact, Result, Status, Tier
@@ -76,18 +76,16 @@ def answers_of(children: Sequence[Child]) -> Iterator[Json]:
     """What several children say, as it comes. HostError when all are silent for too long."""
     waiting = selectors.DefaultSelector()
     for child in children:
-        waiting.register(child, selectors.EVENT_READ)
+        waiting.register(child, selectors.EVENT_READ, child)
     try:
         while waiting.get_map():
             ready = waiting.select(_TASK_S)
             if not ready:
                 raise HostError(f"a twin did not end within {_TASK_S:.0f} s.", hint="sandbox doctor")
             for key, _ in ready:
-                child = key.fileobj
-                assert isinstance(child, Child)  # noqa: S101 - for the type checker
-                said = child.read()
+                said = key.data.read()
                 if said is None:
-                    waiting.unregister(child)
+                    waiting.unregister(key.fileobj)
                 else:
                     yield from said
     finally:
@@ -136,31 +134,31 @@ def _whole(twin: Twin, place: Stage, config: Config, home: Config, begin: float)
     # Before anything is used up: the state of a dyno as it runs.
     early = twin.facts(attempts, measured, rows.CALLS)
     _ = early.filter, early.threads, early.mounts
-    measured |= {"LOG-06": session.logged(twin, config)} if twin.record.place else {}
-    measured |= session.network(twin, place, config)
-    measured |= session.names(twin) if twin.record.place else {}
-    if cut := session.changed(twin, place, config):
+    measured |= {"LOG-06": packets.logged(twin, config)} if twin.record.place else {}
+    measured |= packets.network(twin, place, config)
+    measured |= packets.names(twin) if twin.record.place else {}
+    if cut := packets.changed(twin, place, config):
         measured["NET-23"] = cut
-    answers, used = session.limits(twin)
+    answers, used = usage.limits(twin)
     attempts |= answers
     measured |= used
-    session.flood(twin, measured)
-    usage = twin.cgroup.usage()._asdict()
+    usage.flood(twin, measured)
+    figures = twin.cgroup.usage()._asdict()
     ourselves = itself(config, twin.record)
     last = twin.facts(attempts, measured, rows.CALLS)
     results = {row.id: judge.examine(row, last) for row in rows.ALL}
     if twin.record.place:
-        measured["NET-28"] = session.vanished(twin, place, config)
+        measured["NET-28"] = packets.vanished(twin, place, config)
     measured["PRV-22"] = twins.stubborn(twin)
     measured["LOG-05"] = measured["PRV-22"]["seconds"]
     # These need what came last; the twin is gone, so only what was measured is read again.
     for name in ("PRV-22", "LOG-05"):
         results[name] = judge.examine(rows.BY_ID[name], last)
-    results["NET-28"] = _with_measured(results["NET-28"], last, measured)
+    results["NET-28"] = _with_vanished(results["NET-28"], last)
     measured["controls"] |= _own_controls(measured, attempts) | identity.samples() | ourselves
     return {
         "results": [as_json(result) for result in results.values()],
-        "usage": usage,
+        "usage": figures,
         "measured": measured,
         "errors": attempts.get("errors", []),
         "seconds": round(time.monotonic() - begin, 2),
@@ -194,7 +192,7 @@ def _own_controls(measured: Json, attempts: Json) -> dict[str, str]:
     return found
 
 
-def _with_measured(result: Result, facts: Facts, measured: Json) -> Result:
+def _with_vanished(result: Result, facts: Facts) -> Result:
     """The result with the attempts that were made after the kernel's state was read."""
     from sandbox.report.rows.network import said
 
@@ -202,7 +200,9 @@ def _with_measured(result: Result, facts: Facts, measured: Json) -> Result:
     return judge.conclude(result.row, list(more), facts)
 
 
-def run_mutants(home: Config, wanted: Wanted, parts: Sequence[Sequence[Mutant]], known: frozenset[str]) -> Iterator[Json]:
+def run_mutants(
+    home: Config, wanted: Wanted, parts: Sequence[Sequence[Mutant]], known: frozenset[str]
+) -> Iterator[Json]:
     """Each mutant of each part: what turned red, and what should have and did not. The parts are run side by side."""
 
     def start(mutants: Sequence[Mutant]) -> Child:
@@ -229,7 +229,11 @@ def _one(mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: St
         found["failed"] = str(error)
     else:
         missed, sloppy = catches(mutant, frozenset(reds), known)
-        found |= {"reds": {row: reds[row] for row in sorted(reds) if row not in known}, "missed": missed, "sloppy": sloppy}
+        found |= {
+            "reds": {row: reds[row] for row in sorted(reds) if row not in known},
+            "missed": missed,
+            "sloppy": sloppy,
+        }
         found["reds"] |= {row: reds[row] for row in mutant.must & set(reds)}
     found["seconds"] = round(time.monotonic() - begin, 2)
     return found
@@ -255,18 +259,18 @@ def _read(twin: Twin, mutant: Mutant, config: Config, home: Config, place: Stage
     if mutant.groups:
         attempts = session.quick(twin, home, groups=mutant.groups, gentle=mutant.gentle)
     if mutant.limits:
-        answers, used = session.limits(twin, only=mutant.limits)
+        answers, used = usage.limits(twin, only=mutant.limits)
         attempts = {**(attempts or {}), **answers}
         measured |= used
     if mutant.network:
-        measured |= session.network(twin, place, config)
+        measured |= packets.network(twin, place, config)
     if mutant.rules and not mutant.vanish and twin.record.place is not None:
-        measured["LOG-06"] = session.logged(twin, config)
+        measured["LOG-06"] = packets.logged(twin, config)
     facts = twin.facts(attempts, measured, rows.CALLS)
     results = {row.id: judge.examine(row, facts) for row in rows.ALL}
     if mutant.vanish:
-        measured["NET-28"] = session.vanished(twin, place, config)
-        results["NET-28"] = _with_measured(results["NET-28"], facts, measured)
+        measured["NET-28"] = packets.vanished(twin, place, config)
+        results["NET-28"] = _with_vanished(results["NET-28"], facts)
     return judge.reds(results.values())
 
 
@@ -315,4 +319,3 @@ def as_json(result: Result) -> Json:
         "reason": result.reason,
         "facts": [[fact.tier.value, *fact[1:]] for fact in result.facts],
     }
-

@@ -99,7 +99,8 @@ def run(
 
     ``signals``: a descriptor from which signal numbers come. ``hold`` is called once there is something to take
     down: from then on a signal must not interrupt us, but come through that descriptor. ``meanwhile`` loads what the
-    caller needs later. ``examine`` is called with the dyno's id behind the gate. Raises SandboxError before the start; afterwards the result says how it ended.
+    caller needs later. ``examine`` is called with the dyno's id, behind the gate. Raises SandboxError before the
+    start; afterwards the result says how it ended.
     """
     phases = Phases()
     os.umask(0o022)

@@ -14,7 +14,6 @@ import fcntl
 import json
 import mmap
 import os
-import resource
 import select
 import signal
 import socket
@@ -36,7 +35,9 @@ def name(code):
 
 def raw(number, *arguments):
     """One system call by number, every argument a full register."""
-    result = libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a if a < 1 << 63 else a - (1 << 64)) for a in arguments))
+    result = libc.syscall(
+        ctypes.c_long(number), *(ctypes.c_long(a if a < 1 << 63 else a - (1 << 64)) for a in arguments)
+    )
     return "ok" if result != -1 else name(ctypes.get_errno())
 
 
@@ -321,7 +322,9 @@ def readable(path):
     return "zeros" if not data.strip(b"\0") else "text"
 
 
-POINTERS = "kallsyms iomem ioports vmallocinfo slabinfo pagetypeinfo kpagecount kpageflags config.gz modules kcore".split()
+POINTERS = (
+    "kallsyms iomem ioports vmallocinfo slabinfo pagetypeinfo kpagecount kpageflags config.gz modules kcore".split()
+)
 HOST = (
     "cmdline diskstats partitions swaps interrupts softirqs locks timer_list sched_debug schedstat key-users keys "
     "pressure/cpu zoneinfo buddyinfo"
@@ -356,7 +359,9 @@ def files(question):
     for entry in sorted(os.listdir("/dev")):
         status = os.lstat(f"/dev/{entry}")
         kind = stat.S_IFMT(status.st_mode)
-        number = f" {os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if kind in (stat.S_IFCHR, stat.S_IFBLK) else ""
+        number = (
+            f" {os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if kind in (stat.S_IFCHR, stat.S_IFBLK) else ""
+        )
         devices.append(f"{entry}{number}")
     sockets = []
     for folder, folders, names in os.walk("/"):
@@ -366,7 +371,14 @@ def files(question):
         sockets += [f"{folder}/{n}" for n in names if stat.S_ISSOCK(os.lstat(f"{folder}/{n}").st_mode)]
     with open("/proc/self/mountinfo") as file:
         lines = file.read().splitlines()
-    told = sorted({w for line in lines for w in line.replace("=", ",").replace(" ", ",").split(",") if w.startswith(tuple(question["host_paths"]))})
+    told = sorted(
+        {
+            w
+            for line in lines
+            for w in line.replace("=", ",").replace(" ", ",").split(",")
+            if w.startswith(tuple(question["host_paths"]))
+        }
+    )
 
     def own_root():
         root, init = os.stat("/"), os.stat("/proc/1/root/")
@@ -460,7 +472,9 @@ def sockets(question):
                 raise OSError(-code, "")
 
     address = struct.pack("=BBBBI", 2, 32, 0, 0, 1) + struct.pack("=HH4s", 8, 2, bytes([127, 9, 9, 9]))
-    route = struct.pack("=BBBBBBBBI", 2, 32, 0, 0, 254, 4, 253, 1, 0) + struct.pack("=HH4s", 8, 1, bytes([192, 0, 2, 1]))
+    route = struct.pack("=BBBBBBBBI", 2, 32, 0, 0, 254, 4, 253, 1, 0) + struct.pack(
+        "=HH4s", 8, 1, bytes([192, 0, 2, 1])
+    )
     link = struct.pack("=BBHiII", 0, 0, 0, 1, 1, 1)
     filter_ = struct.pack("=HxxxxxxQ", 1, 0)
     found["NET-14"] = [
@@ -488,6 +502,7 @@ def last_descriptor():
 
 def memory(question):
     """Touches memory in a child until it dies or has ``most`` bytes."""
+
     def action():
         # Populated by the kernel in one call: page by page, the process would be evicted from under itself before the
         # kernel gives up on it, and crawl for minutes.
@@ -681,6 +696,7 @@ def terminals(question):
 
 def small(question):
     """Pending signals, message queues, locked memory, inotify, pipes: counts until the error."""
+
     def pending():
         made, timer = 0, ctypes.c_void_p()
         while made < question["most"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,6 +19,7 @@ _WORDS = {
     "waived": "known, accepted",
     "error": "could not be examined",
 }
+_PICTURE = {"pass": "blocked", "fail": "REACHED", "waived": "accepted", "not_applicable": "not here"}
 _MARKS = {"pass": "✓", "fail": "✗", "unproven": "?", "not_applicable": "–", "waived": "w", "error": "!"}
 # The picture: what stands around the dyno, and the check that says whether it is reached.
 _TARGETS = (
@@ -34,7 +34,7 @@ _TARGETS = (
 _GROUND = (
     ("FS-02", "files of the host"),
     ("PRV-19", "other processes"),
-    ("PRV-10", "most of the kernel's calls"),
+    ("PRV-10", "dangerous kernel calls"),
     ("FS-06", "devices"),
     ("RES-01", "memory beyond its limit"),
 )
@@ -56,7 +56,9 @@ def render(document: Document) -> str:
     worst = next((c for status in ("fail", "error", "unproven") for c in checks if c["status"] == status), None)
     areas = list(dict.fromkeys(check["area"] for check in checks))
     egress = document["subject"]["egress"]
-    data = seal.canonical(document).decode("ascii").replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    data = (
+        seal.canonical(document).decode("ascii").replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    )
     return environment.get_template("report.html.j2").render(
         document=document,
         summary=document["summary"],
@@ -70,12 +72,15 @@ def render(document: Document) -> str:
         findings=[c for status in ("fail", "error", "unproven", "waived") for c in checks if c["status"] == status],
         words=_WORDS,
         marks=_MARKS,
+        picture=_PICTURE,
         targets=[(by_id[name], text) for name, text in _TARGETS if name in by_id],
         ground=[(by_id[name], text) for name, text in _GROUND if name in by_id],
         allowed=egress["mode"] != "none",
-        reach="the internet" if egress["mode"] == "public" else ", ".join([*egress["networks"], *egress["names"]]) or "nothing",
+        reach="the internet"
+        if egress["mode"] == "public"
+        else ", ".join([*egress["networks"], *egress["names"]]) or "nothing",
         bars=[(bar, _share(bar)) for bar in document["limits"]],
-        at=datetime.strptime(document["at"][:19], "%Y-%m-%dT%H:%M:%S").strftime("%Y-%m-%d %H:%M:%S UTC"),
+        at=document["at"][:19].replace("T", " ") + " UTC",
         data=data,
     )
 

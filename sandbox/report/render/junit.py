@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 Document = dict[str, Any]
 
 
 def render(document: Document) -> str:
     counts, subject = document["summary"]["counts"], document["subject"]
-    suites = ElementTree.Element("testsuites")
+    suites = ET.Element("testsuites")
     skipped = counts["not_applicable"] + counts["waived"] + counts["unproven"]
-    suite = ElementTree.SubElement(
+    suite = ET.SubElement(
         suites,
         "testsuite",
         name=_plain(f"isolation of {subject['dyno']} ({subject['app']})"),
@@ -25,20 +25,24 @@ def render(document: Document) -> str:
         timestamp=_plain(document["at"])[:19],
     )
     for check in document["checks"]:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=_plain(f"sandbox.{check['area']}"), name=_plain(f"{check['id']} {check['title']}"), time="0"
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname=_plain(f"sandbox.{check['area']}"),
+            name=_plain(f"{check['id']} {check['title']}"),
+            time="0",
         )
         seen = check["observed"] or check["exercised"] or check["reason"]
         text = _plain(f"{check['claim']} promised: {check['declared']} observed: {seen}")
         status = check["status"]
         if status == "fail":
-            ElementTree.SubElement(case, "failure", message=_plain(seen), type="fail").text = text
+            ET.SubElement(case, "failure", message=_plain(seen), type="fail").text = text
         elif status == "error":
-            ElementTree.SubElement(case, "error", message=_plain(check["reason"]), type="error").text = text
+            ET.SubElement(case, "error", message=_plain(check["reason"]), type="error").text = text
         elif status != "pass":
-            ElementTree.SubElement(case, "skipped", message=_plain(f"{status}: {check['reason']}"), type=status)
-        ElementTree.SubElement(case, "system-out").text = json.dumps(check, sort_keys=True, ensure_ascii=True)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
+            ET.SubElement(case, "skipped", message=_plain(f"{status}: {check['reason']}"), type=status)
+        ET.SubElement(case, "system-out").text = json.dumps(check, sort_keys=True, ensure_ascii=True)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
 
 
 def _plain(text: str) -> str:

@@ -50,7 +50,9 @@ def _result(index: int, check: Document, subject: Document) -> Document:
     status = check["status"]
     kind = _KINDS[status]
     seen = check["observed"] or check["exercised"] or check["reason"] or "no evidence"
-    print_ = hashlib.sha256(f"{subject['app']}\0{check['id']}\0{subject['dyno']}".encode("utf-8", "replace")).hexdigest()
+    print_ = hashlib.sha256(
+        f"{subject['app']}\0{check['id']}\0{subject['dyno']}".encode("utf-8", "replace")
+    ).hexdigest()
     result: Document = {
         "ruleId": check["id"],
         "ruleIndex": index,
@@ -60,7 +62,10 @@ def _result(index: int, check: Document, subject: Document) -> Document:
         "locations": [
             {
                 "logicalLocations": [
-                    {"name": str(subject["dyno"]), "fullyQualifiedName": f"{subject['app']}/{subject['dyno']}/{check['area']}"}
+                    {
+                        "name": str(subject["dyno"]),
+                        "fullyQualifiedName": f"{subject['app']}/{subject['dyno']}/{check['area']}",
+                    }
                 ]
             }
         ],

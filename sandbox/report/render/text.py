@@ -49,14 +49,21 @@ class _Page:
         mutants = "not made" if score is None else f"{summary['mutants_caught']}/{summary['mutants_made']}"
         counts = summary["counts"]
         exposure = summary["exposure"] * 10
-        yield f"{escape(str(subject['dyno']))}  {escape(str(subject['app']))}  {escape(str(subject['engine']))}/{escape(str(subject['runtime']))}"  # fmt: skip
+        yield "  ".join(escape(str(subject[key])) for key in ("dyno", "app", "engine", "runtime"))
         verdict = "fail" if counts["fail"] or counts["error"] else "unproven" if counts["unproven"] else "pass"
-        yield "  " + self._paint(
-            f"exposure {exposure:.1f} of 10 {escape(str(summary['word']))}", verdict
-        ) + f"   proof {summary['proof_coverage'] * 100:.0f}%   mutants caught {mutants}"
+        yield (
+            "  "
+            + self._paint(f"exposure {exposure:.1f} of 10 {escape(str(summary['word']))}", verdict)
+            + f"   proof {summary['proof_coverage'] * 100:.0f}%   mutants caught {mutants}"
+        )
         words = [f"{counts[name]} {name.replace('_', ' ')}" for name in _MARKS if counts.get(name)]
         yield f"  {summary['checks']} checks: {', '.join(words)}"
-        how = {"live": "a live dyno", "start": "this dyno, at its start", "twin": "a twin", "full": "a twin and its mutants"}
+        how = {
+            "live": "a live dyno",
+            "start": "this dyno, at its start",
+            "twin": "a twin",
+            "full": "a twin and its mutants",
+        }
         made = how.get(document["mode"], escape(document["mode"]))
         yield f"  evidence {_age(age(document))} old, from {made}   policy {str(subject['policy_digest'])[:8]}"
         if summary["mutants_impossible"]:
@@ -79,7 +86,8 @@ class _Page:
 
     def _finding(self, check: Document) -> Iterator[str]:
         status = check["status"]
-        yield f"  {self._paint(_MARKS.get(status, '?'), status)} {check['id']} {escape(check['title'])} ({escape(check['severity'])}) {status}"  # fmt: skip
+        head = f"{check['id']} {escape(check['title'])} ({escape(check['severity'])}) {status}"
+        yield f"  {self._paint(_MARKS.get(status, '?'), status)} {head}"
         broken = [item for item in check["evidence"] if item["holds"] is False]
         for item in broken[:4]:
             promised = f", promised {item['promised']}" if item["promised"] else ""
@@ -154,7 +162,8 @@ class _Page:
         seal = document.get("seal")
         if isinstance(seal, dict):
             previous = str(document.get("previous", ""))[:12] or "none"
-            yield f"  signed ed25519:{escape(str(seal.get('key', '')))[:16]}  report {escape(str(seal.get('digest', '')))[:12]}  after {escape(previous)}"  # fmt: skip
+            key, digest = (escape(str(seal.get(name, ""))) for name in ("key", "digest"))
+            yield f"  signed ed25519:{key[:16]}  report {digest[:12]}  after {escape(previous)}"
         else:
             yield "  not signed"
 

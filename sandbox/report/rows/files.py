@@ -25,9 +25,7 @@ _CRITICAL_FILES = ("ld-linux-x86-64.so.2", "libc.so.6", "dash", "bash", "tini")
 
 
 def _mounts(facts: Facts) -> Iterator[Fact]:
-    yield from facts.clause(
-        Clause.MOUNTS, lambda: f"{len(facts.mounts)} mounts, each as planned, each nosuid"
-    )
+    yield from facts.clause(Clause.MOUNTS, lambda: f"{len(facts.mounts)} mounts, each as planned, each nosuid")
 
 
 def _propagation(facts: Facts) -> Iterator[Fact]:
@@ -37,9 +35,7 @@ def _propagation(facts: Facts) -> Iterator[Fact]:
 
 def _nodes(facts: Facts) -> Iterator[Fact]:
     """Through the dyno's own root: /dev is a tmpfs of ours, on which the app can make nothing."""
-    own = {
-        name: os.lstat(f"/proc/{facts.pid}/root/dev/{name}") for name in os.listdir(f"/proc/{facts.pid}/root/dev")
-    }
+    own = {name: os.lstat(f"/proc/{facts.pid}/root/dev/{name}") for name in os.listdir(f"/proc/{facts.pid}/root/dev")}
     wanted = {name: (major, minor) for name, major, minor in plan.DEVICES}
     if facts.spec.tty:
         wanted["console"] = (136, 0)
@@ -74,7 +70,12 @@ def _masks(facts: Facts) -> Iterator[Fact]:
                 wrong.append(f"{path}: {line.fstype}, not empty")
         elif not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.makedev(1, 3):
             wrong.append(f"{path}: not the null device")
-    yield kernel("masked files and folders", "null device 1:3, or an empty folder", "; ".join(wrong[:3]) or f"all {checked}", holds=not wrong)  # fmt: skip
+    yield kernel(
+        "masked files and folders",
+        "null device 1:3, or an empty folder",
+        "; ".join(wrong[:3]) or f"all {checked}",
+        holds=not wrong,
+    )
 
 
 def _read_only(facts: Facts) -> Iterator[Fact]:
@@ -118,7 +119,9 @@ def _fill_memory(facts: Facts) -> Iterator[Fact]:
     if found is not None:
         most = facts.spec.policy.shm_bytes
         good = found["said"] == "ENOSPC" and int(found["written"]) <= most
-        yield twin("/dev/shm until refused", f"at most {most}", f"{found['written']} bytes, then {found['said']}", holds=good)  # fmt: skip
+        yield twin(
+            "/dev/shm until refused", f"at most {most}", f"{found['written']} bytes, then {found['said']}", holds=good
+        )
 
 
 def _inodes(facts: Facts) -> Iterator[Fact]:
@@ -128,7 +131,12 @@ def _inodes(facts: Facts) -> Iterator[Fact]:
     said = facts.answer("FS-18", "empty files")
     if said is not None:
         made = int(facts.answer("FS-18", "files") or 0)
-        yield twin("files until refused", f"at most {most}", f"{made} files, then {said}", holds=said == "ENOSPC" and made <= most)  # fmt: skip
+        yield twin(
+            "files until refused",
+            f"at most {most}",
+            f"{made} files, then {said}",
+            holds=said == "ENOSPC" and made <= most,
+        )
 
 
 def _fsize(facts: Facts) -> Iterator[Fact]:
@@ -140,7 +148,13 @@ def _ephemeral(facts: Facts) -> Iterator[Fact]:
     if said is not None:
         own = facts.answer("FS-20", "a marker of its own")
         yield twin("a file of an earlier twin", "gone", said, holds=said == "gone")
-        yield twin("a file of its own", "ok", str(own), holds=True if own == "ok" else None, why="nothing can be written at all")  # fmt: skip
+        yield twin(
+            "a file of its own",
+            "ok",
+            str(own),
+            holds=True if own == "ok" else None,
+            why="nothing can be written at all",
+        )
 
 
 class _Built(NamedTuple):
@@ -188,11 +202,17 @@ def _page_cache(facts: Facts) -> Iterator[Fact]:
 
 def _setuid_files(facts: Facts) -> Iterator[Fact]:
     built = _built(facts.record.stack_manifest)
-    yield host(f"setuid and setgid among {built.files} files of the stack", "none", ", ".join(built.setuid[:3]) or "none", holds=not built.setuid)  # fmt: skip
-    found = []
-    for entry in os.scandir(f"/proc/{facts.pid}/root/usr/bin"):
-        if entry.stat(follow_symlinks=False).st_mode & 0o6000 and not entry.is_symlink():
-            found.append(entry.name)
+    yield host(
+        f"setuid and setgid among {built.files} files of the stack",
+        "none",
+        ", ".join(built.setuid[:3]) or "none",
+        holds=not built.setuid,
+    )
+    found = [
+        entry.name
+        for entry in os.scandir(f"/proc/{facts.pid}/root/usr/bin")
+        if entry.stat(follow_symlinks=False).st_mode & 0o6000 and not entry.is_symlink()
+    ]
     yield kernel("setuid and setgid programs in /usr/bin", "none", ", ".join(found[:3]) or "none", holds=not found)
 
 
@@ -215,7 +235,9 @@ def _slug(facts: Facts) -> Iterator[Fact]:
     for line in facts.mounts:
         if line.target == "/app":
             lost = {"nosuid", "nodev"} - line.flags
-            yield kernel("/app", "nosuid, nodev", "without " + ", ".join(lost) if lost else "nosuid, nodev", holds=not lost)  # fmt: skip
+            yield kernel(
+                "/app", "nosuid, nodev", "without " + ", ".join(lost) if lost else "nosuid, nodev", holds=not lost
+            )
             return
     yield kernel("/app", "a mount of its own", "none", holds=False)
 
@@ -246,7 +268,9 @@ def _dev_listing(facts: Facts) -> Iterator[Fact]:
     words = said.split()
     nodes = [f"{words[i]} {words[i + 1]}" for i in range(len(words) - 1) if ":" in words[i + 1]]
     extra = sorted(set(nodes) - good)
-    yield twin("devices that it lists", "the harmless six", ", ".join(extra) or f"{len(nodes)} harmless ones", holds=not extra)  # fmt: skip
+    yield twin(
+        "devices that it lists", "the harmless six", ", ".join(extra) or f"{len(nodes)} harmless ones", holds=not extra
+    )
 
 
 def _sync(facts: Facts) -> Iterator[Fact]:

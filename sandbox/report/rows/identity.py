@@ -6,7 +6,6 @@ import ctypes
 import os
 from collections.abc import Iterator
 
-from sandbox.dyno import verify
 from sandbox.host import observe
 from sandbox.policy.clauses import Clause
 from sandbox.policy.spec import UIDS_PER_DYNO
@@ -24,10 +23,14 @@ def _ranges(facts: Facts) -> Iterator[Fact]:
     last = first + UIDS_PER_DYNO - 1
     used = sorted({uid for thread in facts.threads for uid in (*thread.uids, *thread.gids)})
     outside = [uid for uid in used if not first <= uid <= last]
-    yield kernel("host ids of its threads", f"{first} to {last}", ", ".join(map(str, outside or used)), holds=not outside)  # fmt: skip
+    yield kernel(
+        "host ids of its threads", f"{first} to {last}", ", ".join(map(str, outside or used)), holds=not outside
+    )
     for other in facts.others:
         meets = other.spec.uid_base < first + UIDS_PER_DYNO and first < other.spec.uid_base + UIDS_PER_DYNO
-        yield kernel(f"its range and that of {other.name}", "apart", "they overlap" if meets else "apart", holds=not meets)  # fmt: skip
+        yield kernel(
+            f"its range and that of {other.name}", "apart", "they overlap" if meets else "apart", holds=not meets
+        )
 
 
 def _numbers(facts: Facts) -> Iterator[Fact]:
@@ -35,19 +38,23 @@ def _numbers(facts: Facts) -> Iterator[Fact]:
     uid = facts.spec.host_uid
     good = 100_000 <= uid < 2**31 - 1
     seen = {thread.uids for thread in facts.threads}
-    yield kernel("real, effective, saved and file system id", f"{uid} four times", f"{sorted(seen)}"[:60], holds=good and seen == {(uid,) * 4})  # fmt: skip
+    yield kernel(
+        "real, effective, saved and file system id",
+        f"{uid} four times",
+        f"{sorted(seen)}"[:60],
+        holds=good and seen == {(uid,) * 4},
+    )
 
 
 def _secrets(facts: Facts) -> Iterator[Fact]:
     names = facts.record.env_names
-    if facts.is_itself:
-        found = sorted(os.environ)
-    else:
-        found = _variables(facts)
+    found = sorted(os.environ) if facts.is_itself else _variables(facts)
     # Of the shells and runtimes on the way: runc adds HOME, Docker HOSTNAME, Python's start LC_CTYPE.
     gate = {"PATH", "TERM", "PWD", "SHLVL", "_", "OLDPWD", "HOME", "HOSTNAME", "LC_CTYPE"}
     extra = [name for name in found if name not in (*names, *gate)]
-    yield kernel("variables at its init", "none but the runtime's own", ", ".join(extra[:4]) or ", ".join(found), holds=not extra)  # fmt: skip
+    yield kernel(
+        "variables at its init", "none but the runtime's own", ", ".join(extra[:4]) or ", ".join(found), holds=not extra
+    )
     said = facts.answer("IDN-03", "the supervisor's secret")
     if said is not None:
         yield twin("a secret of the supervisor", "nowhere", said, holds=said == "nowhere")
@@ -55,7 +62,12 @@ def _secrets(facts: Facts) -> Iterator[Fact]:
         yield twin("/proc/keys", "empty", str(keys), holds=keys in ("empty", "ENOENT", "EACCES"))
         seen = (facts.answer("IDN-03", "variables") or "").split()
         strange = [name for name in seen if name not in (*names, *gate)]
-        yield twin("variables of the app", "those it was given", ", ".join(strange[:4]) or f"{len(seen)} of its own", holds=not strange)  # fmt: skip
+        yield twin(
+            "variables of the app",
+            "those it was given",
+            ", ".join(strange[:4]) or f"{len(seen)} of its own",
+            holds=not strange,
+        )
 
 
 def _variables(facts: Facts) -> list[str]:
@@ -64,7 +76,9 @@ def _variables(facts: Facts) -> list[str]:
 
 
 def _co_residence(_: Facts) -> Iterator[Fact]:
-    yield absent("boot_id and load averages in the policy", "shown", "not promised: two apps can find out that they share a host")  # fmt: skip
+    yield absent(
+        "boot_id and load averages in the policy", "shown", "not promised: two apps can find out that they share a host"
+    )
 
 
 def _programs(facts: Facts) -> Iterator[Fact]:
@@ -80,7 +94,12 @@ def _programs(facts: Facts) -> Iterator[Fact]:
         count += 1
         if mount not in own and not memory:
             strange.append(str(pid))
-    yield kernel("processes that run a program from elsewhere", "none", ", ".join(strange[:3]) or f"none of {count}", holds=not strange and count > 0)  # fmt: skip
+    yield kernel(
+        "processes that run a program from elsewhere",
+        "none",
+        ", ".join(strange[:3]) or f"none of {count}",
+        holds=not strange and count > 0,
+    )
 
 
 def _inert(facts: Facts) -> Iterator[Fact]:
@@ -129,7 +148,9 @@ def _display(facts: Facts) -> Iterator[Fact]:
     from sandbox.engine.base import Stream
 
     bad = _controls_in(Framer("web.1").feed(Stream.STDOUT, _ESCAPES))
-    yield host("terminal escapes in a log line", "shown, not obeyed", ", ".join(bad) or "shown, not obeyed", holds=not bad)  # fmt: skip
+    yield host(
+        "terminal escapes in a log line", "shown, not obeyed", ", ".join(bad) or "shown, not obeyed", holds=not bad
+    )
 
 
 def _forged(facts: Facts) -> Iterator[Fact]:
@@ -152,14 +173,21 @@ def _long(facts: Facts) -> Iterator[Fact]:
     for _index in range(4):
         for line in framer.feed(Stream.STDOUT, b"\0\xff" * 32768).splitlines():
             longest = max(longest, len(line))
-    yield host("the longest line made of 256 KiB without a newline", "at most 64 KiB", longest, holds=0 < longest <= _LONGEST)  # fmt: skip
+    yield host(
+        "the longest line made of 256 KiB without a newline", "at most 64 KiB", longest, holds=0 < longest <= _LONGEST
+    )
 
 
 def _flood(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "LOG-01")
     if found is not None:
         good = found["grown"] < 32 << 20
-        yield host("our memory while the twin floods its output", "grows by less than 32 MiB", f"{found['grown'] >> 20} MiB for {found['read'] >> 20} MiB", holds=good)  # fmt: skip
+        yield host(
+            "our memory while the twin floods its output",
+            "grows by less than 32 MiB",
+            f"{found['grown'] >> 20} MiB for {found['read'] >> 20} MiB",
+            holds=good,
+        )
 
 
 def _pipe(facts: Facts) -> Iterator[Fact]:
@@ -177,7 +205,9 @@ def _seen(facts: Facts) -> Iterator[Fact]:
 def _smt(facts: Facts) -> Iterator[Fact]:
     active = read_host("/sys/devices/system/cpu/smt/active")
     if active in (None, "0"):
-        yield host("SMT", "off, or a cookie of its own", f"smt/active: {active or 'no such file'}", holds=active == "0" or None)  # fmt: skip
+        yield host(
+            "SMT", "off, or a cookie of its own", f"smt/active: {active or 'no such file'}", holds=active == "0" or None
+        )
         return
     cookie = ctypes.c_ulong()
     libc = ctypes.CDLL(None, use_errno=True)

@@ -28,12 +28,22 @@ def _interfaces(facts: Facts) -> Iterator[Fact]:
         yield kernel("its network", promised, observed, holds=False)
     if not facts.wall.differences:
         place = facts.record.place
-        yield kernel("its network", "lo and eth0, one address, one way out", f"lo, eth0 {place.address if place else ''}, one way out", holds=True)  # fmt: skip
+        yield kernel(
+            "its network",
+            "lo and eth0, one address, one way out",
+            f"lo, eth0 {place.address if place else ''}, one way out",
+            holds=True,
+        )
 
 
 def _host(facts: Facts) -> Iterator[Fact]:
     hosts = facts.wall.hosts
-    yield kernel("addresses of the host that are denied", "every one", ", ".join(sorted(hosts)) or "none", holds=bool(hosts) and "host addresses" not in facts.wall.faults)  # fmt: skip
+    yield kernel(
+        "addresses of the host that are denied",
+        "every one",
+        ", ".join(sorted(hosts)) or "none",
+        holds=bool(hosts) and "host addresses" not in facts.wall.faults,
+    )
     yield from network(facts, "NET-02")
     yield from _own_wall(facts, "this host", "ip daddr @hosts4 meta mark set 0x00000001 goto deny")
 
@@ -55,7 +65,9 @@ def _others(facts: Facts) -> Iterator[Fact]:
     for other in facts.others:
         if other.place is not None:
             covered = facts.wall.covers(str(other.place.address))
-            yield kernel(f"{other.name} at {other.place.address}", "denied", "denied" if covered else "open", holds=covered)  # fmt: skip
+            yield kernel(
+                f"{other.name} at {other.place.address}", "denied", "denied" if covered else "open", holds=covered
+            )
     pool = facts.config.pool.partition("/")[0]
     covered = facts.wall.covers(pool)
     yield kernel("the dynos' addresses", "denied", "denied" if covered else "open", holds=covered)
@@ -65,14 +77,21 @@ def _others(facts: Facts) -> Iterator[Fact]:
 
 def _metadata(facts: Facts) -> Iterator[Fact]:
     open_ = [address for address in METADATA if not facts.wall.covers(address)]
-    yield kernel("the clouds' metadata addresses", "denied", ", ".join(open_) or f"all {len(METADATA)} denied", holds=not open_)  # fmt: skip
+    yield kernel(
+        "the clouds' metadata addresses", "denied", ", ".join(open_) or f"all {len(METADATA)} denied", holds=not open_
+    )
     yield from network(facts, "NET-04")
     yield from _own_wall(facts, "metadata services", _LOOKUP)
 
 
 def _private(facts: Facts) -> Iterator[Fact]:
     missing = facts.wall.misses(_RANGES)
-    yield kernel("private, shared, link-local and reserved ranges", "denied", ", ".join(missing) or "all denied", holds=not missing)  # fmt: skip
+    yield kernel(
+        "private, shared, link-local and reserved ranges",
+        "denied",
+        ", ".join(missing) or "all denied",
+        holds=not missing,
+    )
     yield from network(facts, "NET-05")
     yield from _own_wall(facts, "private networks", _LOOKUP)
 
@@ -115,7 +134,9 @@ def _inbound(facts: Facts) -> Iterator[Fact]:
     yield _rule(facts, "connections to its other ports", rule)
     if facts.record.port:
         there = facts.wall.members.get("inbound", False)
-        yield kernel("the way in for this host", f"port {facts.record.port} only", "set" if there else "missing", holds=there)  # fmt: skip
+        yield kernel(
+            "the way in for this host", f"port {facts.record.port} only", "set" if there else "missing", holds=there
+        )
     yield from said(facts, "NET-17")
     yield from _itself(facts)
 
@@ -125,7 +146,12 @@ def _names(facts: Facts) -> Iterator[Fact]:
     from sandbox.firewall.layout import Layout
 
     alive = router.guarded(Layout(facts.config))
-    yield kernel("who answers names", "the guard's resolver", "the guard's resolver" if alive else "nobody: names do not resolve", holds=True)  # fmt: skip
+    yield kernel(
+        "who answers names",
+        "the guard's resolver",
+        "the guard's resolver" if alive else "nobody: names do not resolve",
+        holds=True,
+    )
     yield from network(facts, "NET-19")
     yield from said(facts, "NET-19-names")
     yield from _itself(facts)
@@ -150,7 +176,13 @@ def _flood(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "NET-22")
     if found is not None:
         good = found["arrived"] <= found["most"] and found["denied"] > 0
-        yield Fact(Tier.NETWORK, f"{found['sent']} new flows at once", f"at most {found['most']} arrive", f"{found['arrived']} arrived, new-rate +{found['denied']}", good)  # fmt: skip
+        yield Fact(
+            Tier.NETWORK,
+            f"{found['sent']} new flows at once",
+            f"at most {found['most']} arrive",
+            f"{found['arrived']} arrived, new-rate +{found['denied']}",
+            good,
+        )
     yield from _itself(facts)
 
 
@@ -158,7 +190,14 @@ def _cut(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "NET-23")
     if found is not None:
         good = not found["seen"] if found["before"] else None
-        yield Fact(Tier.NETWORK, "an open flow after its policy was changed to none", "cut", "ARRIVED" if found["seen"] else "cut", good, why="the flow never worked")  # fmt: skip
+        yield Fact(
+            Tier.NETWORK,
+            "an open flow after its policy was changed to none",
+            "cut",
+            "ARRIVED" if found["seen"] else "cut",
+            good,
+            why="the flow never worked",
+        )
 
 
 def _helpers(facts: Facts) -> Iterator[Fact]:

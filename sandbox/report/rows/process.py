@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from sandbox.dyno import verify
+from sandbox.errors import HostError
 from sandbox.host import observe
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
@@ -87,9 +88,7 @@ def _entered(facts: Facts) -> Iterator[Fact]:
         if pid != facts.pid and parent not in known and observe.alive(pid):
             strangers.append(str(pid))
     fewer = [str(t.tid) for t in facts.threads if t.seccomp_filters < least]
-    yield kernel(
-        "processes that do not descend from init", "none", ", ".join(strangers) or "none", holds=not strangers
-    )
+    yield kernel("processes that do not descend from init", "none", ", ".join(strangers) or "none", holds=not strangers)
     yield kernel("threads with fewer filters than init", "none", ", ".join(fewer) or "none", holds=not fewer)
 
 
@@ -135,7 +134,7 @@ def _daemon(facts: Facts) -> Iterator[Fact]:
             try:
                 if observe.namespace(int(name), "pid") == mine and not observe.ended(int(name)):
                     outside.append(name)
-            except observe.HostError:
+            except HostError:
                 continue
     # A child that was forked between the two looks is in the cgroup by now.
     outside = [name for name in outside if int(name) not in facts.cgroup.pids()]
@@ -202,7 +201,9 @@ def _launcher(facts: Facts) -> Iterator[Fact]:
     mount = observe.mount_of(f"/proc/{facts.pid}/exe")
     line = next((line for line in facts.mounts if line.mount_id == mount), None)
     flags = line.flags if line is not None else frozenset()
-    yield kernel("the mount of init's program", "read-only", "read-only" if "ro" in flags else "writable", holds="ro" in flags)  # fmt: skip
+    yield kernel(
+        "the mount of init's program", "read-only", "read-only" if "ro" in flags else "writable", holds="ro" in flags
+    )
 
 
 def _core(facts: Facts) -> Iterator[Fact]:

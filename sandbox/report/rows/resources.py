@@ -42,7 +42,9 @@ def _kernel_memory(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "pipes")
     if found is not None:
         good = found["charged"] >= 0.9 * found["held"]
-        yield twin("memory charged for full pipes", format_bytes(found["held"]), format_bytes(found["charged"]), holds=good)  # fmt: skip
+        yield twin(
+            "memory charged for full pipes", format_bytes(found["held"]), format_bytes(found["charged"]), holds=good
+        )
 
 
 def _pids(facts: Facts) -> Iterator[Fact]:
@@ -51,7 +53,12 @@ def _pids(facts: Facts) -> Iterator[Fact]:
     said = facts.answer("RES-05", "fork")
     if said is not None:
         number = int(facts.answer("RES-05", "children") or 0)
-        yield twin("forked until refused", f"EAGAIN below {most}", f"{said} after {number}", holds=said == "EAGAIN" and number < most)  # fmt: skip
+        yield twin(
+            "forked until refused",
+            f"EAGAIN below {most}",
+            f"{said} after {number}",
+            holds=said == "EAGAIN" and number < most,
+        )
 
 
 def _threads(facts: Facts) -> Iterator[Fact]:
@@ -81,7 +88,12 @@ def _timers(facts: Facts) -> Iterator[Fact]:
     policy = facts.spec.policy
     if found is not None and policy.cpu_quota_us:
         cap = policy.cpu_quota_us / 100_000
-        yield twin("CPUs used with 200 timers of 1 ns", f"at most {cap:g}", f"{found['cpus']:.2f}", holds=found["cpus"] <= 1.15 * cap)  # fmt: skip
+        yield twin(
+            "CPUs used with 200 timers of 1 ns",
+            f"at most {cap:g}",
+            f"{found['cpus']:.2f}",
+            holds=found["cpus"] <= 1.15 * cap,
+        )
 
 
 def _count(facts: Facts, row: str, what: str, words: tuple[str, ...], most: int) -> Iterator[Fact]:
@@ -99,11 +111,13 @@ def _descriptors(facts: Facts) -> Iterator[Fact]:
 
 def _flight(facts: Facts) -> Iterator[Fact]:
     # Counted per user: 250 at a time, and the pairs of sockets themselves.
-    yield from _count(facts, "RES-09", "descriptors in flight", ("ETOOMANYREFS", "EMFILE"), _limit(facts, "NOFILE") + 500)  # fmt: skip
+    yield from _count(
+        facts, "RES-09", "descriptors in flight", ("ETOOMANYREFS", "EMFILE"), _limit(facts, "NOFILE") + 500
+    )
 
 
 def _limit(facts: Facts, name: str) -> int:
-    return next(limit.hard for limit in facts.spec.policy.rlimits if limit.name == name)
+    return int(next(limit.hard for limit in facts.spec.policy.rlimits if limit.name == name))
 
 
 def _ptys(facts: Facts) -> Iterator[Fact]:
@@ -121,7 +135,9 @@ def _alone(facts: Facts) -> Iterator[Fact]:
     same = [other.name for other in facts.others if other.spec.host_uid == mine]
     used = {uid for thread in facts.threads for uid in thread.uids}
     yield kernel("other dynos with its host id", "none", ", ".join(same) or "none", holds=not same)
-    yield kernel("host ids that its threads count under", f"{mine} only", ", ".join(map(str, sorted(used))), holds=used == {mine})  # fmt: skip
+    yield kernel(
+        "host ids that its threads count under", f"{mine} only", ", ".join(map(str, sorted(used))), holds=used == {mine}
+    )
 
 
 def _pending(facts: Facts) -> Iterator[Fact]:
@@ -150,9 +166,16 @@ def _flows(facts: Facts) -> Iterator[Fact]:
         return
     wall, traffic = facts.wall, facts.spec.policy.traffic
     for name in ("flows", "new flows"):
-        yield kernel(f"its limit on {name} in the router", "set", "set" if wall.members.get(name) else "missing", holds=wall.members.get(name, False))  # fmt: skip
+        yield kernel(
+            f"its limit on {name} in the router",
+            "set",
+            "set" if wall.members.get(name) else "missing",
+            holds=wall.members.get(name, False),
+        )
     rule = f"counted_{traffic.flows} {{ iifname ct count over {traffic.flows}"
-    yield kernel("the rule that counts flows", "there", "there" if rule in wall.rules else "missing", holds=rule in wall.rules)  # fmt: skip
+    yield kernel(
+        "the rule that counts flows", "there", "there" if rule in wall.rules else "missing", holds=rule in wall.rules
+    )
     yield from network(facts, "RES-17")
 
 
@@ -167,7 +190,12 @@ def _neighbours(facts: Facts) -> Iterator[Fact]:
     if facts.record.place is None:
         return
     known = list(facts.wall.neighbours) if not facts.is_itself else ["every host that was ever asked"]
-    yield kernel("entries of its neighbour table", str(facts.record.place.gateway), ", ".join(known) or "none", holds=known == [str(facts.record.place.gateway)])  # fmt: skip
+    yield kernel(
+        "entries of its neighbour table",
+        str(facts.record.place.gateway),
+        ", ".join(known) or "none",
+        holds=known == [str(facts.record.place.gateway)],
+    )
 
 
 def _cgroups(facts: Facts) -> Iterator[Fact]:
@@ -189,7 +217,9 @@ def _log_flood(_: Facts) -> Iterator[Fact]:
 
 
 def _audit(_: Facts) -> Iterator[Fact]:
-    yield absent("the log flag of the filter", "not asked for", "refused calls make no audit records: nothing can flood")
+    yield absent(
+        "the log flag of the filter", "not asked for", "refused calls make no audit records: nothing can flood"
+    )
 
 
 ROWS = (
