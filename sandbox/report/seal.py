@@ -21,6 +21,7 @@ from sandbox.errors import HostError, SandboxError
 Document = dict[str, Any]
 MAX_KEPT, MAX_AGE_S = 200, 90 * 86400
 MAX_BYTES = 32 << 20
+_ALGORITHM = "ed25519 over the hexadecimal sha256 of the canonical form without this field"
 
 
 class ReportError(SandboxError):
@@ -108,7 +109,7 @@ def keep(config: Config, document: Document) -> tuple[Document, str]:
             "digest": digest,
             "key": _raw(key.public_key()).hex(),
             "signature": signature.hex(),
-            "algorithm": "ed25519 over the hexadecimal sha256 of the canonical form without this field",
+            "algorithm": _ALGORITHM,
         }
         path = f"{folder}/{number + 1:08}-{digest[:12]}.json"
         draft = f"{folder}/.{os.getpid()}.new"
@@ -195,6 +196,13 @@ def verify(config: Config, path: str, *, public_key: str = "") -> Verified:
     seal = document.get("seal")
     try:
         digest, key, signature = str(seal["digest"]), str(seal["key"]), str(seal["signature"])  # type: ignore[index]
+        # The seal is not under its own signature: each of its bytes must be the only one that it can be.
+        if seal != {"digest": digest, "key": key, "signature": signature, "algorithm": _ALGORITHM} or any(
+            bytes.fromhex(text).hex() != text for text in (digest, key, signature)
+        ):
+            raise ReportError(
+                f"{path} was altered: its seal is not in the form that we write.", hint="do not rely on it."
+            )
         content = {name: value for name, value in document.items() if name != "seal"}
         public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
         public.verify(bytes.fromhex(signature), digest.encode("ascii"))
@@ -234,5 +242,10 @@ def _place(config: Config, document: Document) -> str:
     for path in kept(config):
         if os.path.basename(path)[:8] == f"{number - 1:08}":
             same = os.path.basename(path)[9:21] == previous[:12]
-            return "follows the kept report before it" if same else "does NOT follow the kept report before it"
+            if not same:
+                raise ReportError(
+                    f"report {number} is intact, but does not follow the kept report {number - 1}: the chain is broken.",
+                    hint="one of the two was replaced.",
+                )
+            return "it follows the kept report before it"
     return "the first one" if number == 1 else "the report before it is not kept here"
