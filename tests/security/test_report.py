@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from tests.conftest import EXAMPLES, ROOT, Instance, wait_for
-from tests.security.cell import Cell, hold_guard, router
+from tests.security.cell import Cell, hold_guard, router, web_app
 
 SCHEMA = json.loads((ROOT / "sandbox" / "report" / "schema.json").read_text())
 # What nothing on a machine like this can turn red: its root's own message queues are as small as a dyno's, its
@@ -111,17 +111,10 @@ def test_the_other_formats_of_it_are_valid(full, sandbox, tmp_path):
 
 
 @pytest.fixture
-def cell(sandbox, engine, cell_app):
-    cells = []
-
-    def make(*options: str, mutant: str = "") -> Cell:
-        cells.append(Cell(sandbox, engine, *options, app=cell_app, process=(), mutant=mutant))
-        return cells[-1]
-
-    yield make
-    for item in cells:
-        item.process.stdin.close()
-        item.process.wait(30)
+def cell(sandbox, engine, tmp_path):
+    """Makes a live dyno of the engine under test."""
+    app = web_app(tmp_path)
+    return lambda *options, mutant="": Cell(sandbox, engine, "--boot-timeout", "1h", *options, app=app, process=(), mutant=mutant)
 
 
 def report(sandbox: Instance, cell: Cell, *options: str) -> dict:
@@ -223,11 +216,8 @@ def test_a_clause_missing_in_the_bundle_turns_its_row_red(sandbox, cell, engine,
 
 def test_a_dyno_that_ends_meanwhile_is_no_crash(sandbox, cell):
     live = cell()
-    os.kill(live.pid, 19)
     process = sandbox.start("report", "-q", "--format", "json", str(live.record["id"]))
-    live.process.stdin.close()
-    os.kill(live.pid, 18)
-    live.process.wait(30)
+    live.close()
     out, err = process.communicate(timeout=60)
     assert process.returncode in (0, 1, 3), err
     assert b"Traceback" not in err
