@@ -114,7 +114,9 @@ def test_the_other_formats_of_it_are_valid(full, sandbox, tmp_path):
 def cell(sandbox, engine, tmp_path):
     """Makes a live dyno of the engine under test."""
     app = web_app(tmp_path)
-    return lambda *options, mutant="": Cell(sandbox, engine, "--boot-timeout", "1h", *options, app=app, process=(), mutant=mutant)
+    return lambda *options, mutant="": Cell(
+        sandbox, engine, "--boot-timeout", "1h", *options, app=app, process=(), mutant=mutant
+    )
 
 
 def report(sandbox: Instance, cell: Cell, *options: str) -> dict:
@@ -231,7 +233,9 @@ def test_a_dyno_that_ends_meanwhile_is_no_crash(sandbox, cell):
 
 def test_hostile_names_are_inert_in_the_report(sandbox, cell, tmp_path):
     live = cell()
-    live("import ctypes\nctypes.CDLL(None).prctl(15, b'<b>\\x1b[2J\"]]>')\nimport os\nos.symlink('x', '/tmp/<script>alert(1)')")
+    live(
+        "import ctypes\nctypes.CDLL(None).prctl(15, b'<b>\\x1b[2J\"]]>')\nimport os\nos.symlink('x', '/tmp/<script>alert(1)')"
+    )
     page = tmp_path / "x.html"
     done = sandbox("report", "-q", "-o", str(page), "-o", str(tmp_path / "x.txt"), str(live.record["id"]))
     assert done.status == 0, done

@@ -329,6 +329,6 @@ def test_a_difference_is_told(document):
     lines = list(text.differences(document, new))
     assert lines[0].startswith("NEW (1)")
     assert "pass → fail" in lines[1]
-    assert list(text.differences(new, document))[0].startswith("FIXED")
+    assert next(iter(text.differences(new, document))).startswith("FIXED")
     new["checks"] = []
     assert any("is not in the new report" in line for line in text.differences(document, new))
