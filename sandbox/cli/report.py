@@ -40,6 +40,7 @@ def command() -> None:
 
     \b
     sandbox report run.4821              a live dyno: what the kernel says now
+    sandbox report --all                 every live dyno, one line each
     sandbox report ./app                 attack a twin with the app's policy
     sandbox report --full ./app          and take every clause out of twins once
     sandbox report --format html -o FILE --format sarif -o FILE ./app
@@ -74,12 +75,44 @@ def _options(function: Any) -> Any:
 
 
 @command.command("make", hidden=True, context_settings=_HELP)
-@click.argument("what")
+@click.argument("what", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Every live dyno of this host, one line each.")
 @_options
 @click.pass_obj
-def make_command(context: Context, /, what: str, **options: Any) -> int:
+def make_command(context: Context, /, what: tuple[str, ...], *, every: bool, **options: Any) -> int:
     """Report on a live dyno, or on a twin of an app."""
-    return _guarded(lambda: _make(context, what, options))
+    if every == bool(what):
+        raise UsageError("name a dyno or an app, or say --all.", hint="sandbox ps lists the dynos.")
+    if every or len(what) > 1:
+        if options["formats"] or options["outputs"] or options["full"]:
+            raise UsageError("--format, -o and --full go with one dyno or app.", hint="name one.")
+        return _guarded(lambda: _many(context, what, options))
+    return _guarded(lambda: _make(context, what[0], options))
+
+
+def _many(context: Context, names: tuple[str, ...], options: dict[str, Any]) -> int:
+    """Several live dynos: what they have in common is read once; each gets a report of its own, and a line here."""
+    from sandbox.dyno import record as records
+    from sandbox.report import make, seal, wall
+
+    config = context.config
+    config.make_folders()
+    chosen = [records.find(config, name) for name in names] if names else records.live(config)
+    if not chosen:
+        say("No dyno lives here.")
+        return 0
+    common = wall.shared(config) if any(record.place for record in chosen) else None
+    worst = 0
+    for record in chosen:
+        made = make.live(config, record, common=common)
+        document, path = seal.keep(config, make.finish(config, made, with_host=False))
+        code = status(document, threshold=options["threshold"], strict=options["strict"])
+        worst = max(worst, code)
+        counts = document["summary"]["counts"]
+        words = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items() if number)
+        exposure = document["summary"]["exposure"] * 10
+        click.echo(f"{record.name:<14} exposure {exposure:.1f} {document['summary']['word']:<8} {words}  {path}")
+    return worst
 
 
 def _guarded(action: Any) -> int:

@@ -37,11 +37,12 @@ class Facts:
         attempts: Attempts | None = None,
         measured: Measured | None = None,
         calls: filters.Calls = (),
+        common: wall.Shared | None = None,
     ) -> None:
         self.config, self.record = config, record
         self.pid = record.pid if pid is None else pid
         self.attempts, self.measured = attempts, measured or {}
-        self._calls = calls
+        self._calls, self._common = calls, common
 
     @classmethod
     def itself(cls, config: Config, record: Record, calls: filters.Calls) -> Facts:
@@ -98,7 +99,8 @@ class Facts:
     def wall(self) -> wall.Reading:
         if self.record.place is None:
             raise HostError("it has no place in the network: the clause was waived.")
-        return wall.read(self.config, self.pid, self.record.place, self.record.port)
+        common = self._common or wall.shared(self.config)
+        return wall.read(self.config, self.pid, self.record.place, self.record.port, common)
 
     @cached_property
     def others(self) -> list[Record]:

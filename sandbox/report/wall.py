@@ -59,30 +59,55 @@ class Reading(NamedTuple):
         return at > last
 
 
-def read(config: Config, pid: int, place: Place, port: int) -> Reading:
-    """Reads everything once. HostError when there is no router."""
+class Shared(NamedTuple):
+    """What all dynos of an instance have in common: read once for a report of many."""
+
+    faults: tuple[str, ...]
+    denied: tuple[tuple[int, int, int], ...]
+    hosts: frozenset[str]
+    rules: str
+    sysctls: tuple[tuple[str, str, str], ...]
+    digest: str
+
+
+def shared(config: Config) -> Shared:
+    """The router's table and the host's part of the wall. HostError when there is no router."""
     layout = Layout(config)
     if not router.standing(layout):
         raise HostError("the router is gone.", hint="sandbox firewall show")
-    differences = tuple(admit.differences(config, place, pid))
-    record = router.read_record(layout.record(place.address))
-    mode = record["egress"]["mode"] if record else "none"
-    faults = tuple(router.faults(layout, forwarding=mode != "none"))
+    forwarding = any(record["egress"]["mode"] != "none" for record in router.records(layout))
+    faults = tuple(router.faults(layout, forwarding=forwarding))
     with router.inside(layout):
         nft = Nft()
         sysctls = tuple((name, value, _sysctl(name)) for name, value in _SYSCTLS)
-    with admit.os_open(f"/proc/{pid}/ns/net") as fd, netns.entered(fd), open("/proc/thread-self/net/arp") as file:
-        neighbours = tuple(line.split()[0] for line in file.read().splitlines()[1:])
     try:
-        rules = _rules(nft)
-        denied = tuple(_ranges(nft.listing(f"map {ruleset.TABLE} deny4")))
-        hosts = frozenset(_addresses(nft.listing(f"set {ruleset.TABLE} hosts4")))
-        wanted = _members(record, port) if record else {}
-        members = {name: _has(nft, *item) for name, item in wanted.items()}
+        return Shared(
+            faults,
+            tuple(_ranges(nft.listing(f"map {ruleset.TABLE} deny4"))),
+            frozenset(_addresses(nft.listing(f"set {ruleset.TABLE} hosts4"))),
+            _rules(nft),
+            sysctls,
+            str(router.read_state(layout)["router"]),
+        )
     finally:
         nft.close()
-    state = router.read_state(layout)
-    return Reading(differences, faults, denied, hosts, rules, neighbours, sysctls, members, str(state["router"]))
+
+
+def read(config: Config, pid: int, place: Place, port: int, common: Shared) -> Reading:
+    """One dyno's own part, beside what is common to all."""
+    layout = Layout(config)
+    differences = tuple(admit.differences(config, place, pid))
+    record = router.read_record(layout.record(place.address))
+    with admit.os_open(f"/proc/{pid}/ns/net") as fd, netns.entered(fd), open("/proc/thread-self/net/arp") as file:
+        neighbours = tuple(line.split()[0] for line in file.read().splitlines()[1:])
+    wanted = _members(record, port) if record else {}
+    with router.inside(layout):
+        nft = Nft()
+    try:
+        members = _have(nft, wanted)
+    finally:
+        nft.close()
+    return Reading(differences, neighbours=neighbours, members=members, **common._asdict())
 
 
 def _sysctl(name: str) -> str:
@@ -114,9 +139,19 @@ def _members(record: dict[str, Any], port: int) -> dict[str, tuple[str, str]]:
     return wanted
 
 
-def _has(nft: Nft, which: str, key: str) -> bool:
+def _have(nft: Nft, wanted: dict[str, tuple[str, str]]) -> dict[str, bool]:
+    """Which of those elements are there: asked for all at once, and one by one when that fails."""
+    questions = {name: f"get element {ruleset.TABLE} {which} {{ {key} }}\n" for name, (which, key) in wanted.items()}
     try:
-        nft.run(f"get element {ruleset.TABLE} {which} {{ {key} }}\n")
+        nft.run("".join(questions.values()))
+    except HostError:
+        return {name: _has(nft, question) for name, question in questions.items()}
+    return dict.fromkeys(questions, True)
+
+
+def _has(nft: Nft, question: str) -> bool:
+    try:
+        nft.run(question)
     except HostError:
         return False
     return True

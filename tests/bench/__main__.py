@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bench import network
+from tests.bench import network, report
 from tests.conftest import ROOT, Instance, census, default_state, make_instance, unmount_below, wait_for
 from tests.world import World
 
@@ -180,6 +180,9 @@ def main() -> None:
             image = subprocess.run(
                 ["docker", "-H", host, "images", "-q"], capture_output=True, text=True, check=True
             ).stdout.split()[0]
+            if sys.argv[1:] == ["report"]:
+                print("\n".join(report.render(report.measure(instance))))
+                return
             if sys.argv[1:] == ["network"]:
                 print(network.measure(instance, world, host, image))
                 return
@@ -196,6 +199,7 @@ def main() -> None:
             versions = f"runtime {json.loads(versions)[0].split(';')[0]}; Docker {server.stdout.strip()}"
             text = render(times, phases(instance, str(app)), memory(instance, str(app)), versions)
             text += "\n" + network.measure(instance, world, host, image)
+            text += "\n".join(report.render(report.measure(instance))) + "\n"
             left = census(instance)
             assert left == [], left
         finally:
