@@ -33,10 +33,19 @@ class _Default(click.Group):
             args = ["make", *args]
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Those of making a report are what people look for here."""
+        with formatter.section("Options"):
+            records = (
+                option.get_help_record(ctx) for option in make_command.params if isinstance(option, click.Option)
+            )
+            formatter.write_dl([record for record in records if record is not None])
+        self.format_commands(ctx, formatter)
+
 
 @click.group("report", cls=_Default, context_settings=_HELP)
 def command() -> None:
-    r"""Prove the wall around a dyno, with evidence from the kernel.
+    """Prove the wall around a dyno, with evidence from the kernel.
 
     \b
     sandbox report run.4821              a live dyno: what the kernel says now
@@ -48,7 +57,7 @@ def command() -> None:
     \b
     Exit codes: 0 all pass; 1 something is open, or the exposure is above
     --threshold; 2 something is unproven, with --strict; 3 our own error.
-    """
+    """  # noqa: D301 - click's mark for "as it is" is a backspace
     if os.geteuid() != 0:
         raise UsageError("sandbox report needs root: it reads the kernel's state.", hint="sudo sandbox report ...")
 

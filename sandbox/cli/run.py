@@ -99,7 +99,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    r"""Run an app as a dyno, in the foreground.
+    """Run an app as a dyno, in the foreground.
 
     \b
     Examples:
@@ -110,7 +110,7 @@ def command(
     \b
     Exit codes: the app's own; 124 our timeout; 125 not started; 126 not executable;
     127 not found; 128+N ended by signal N. The reason is on stderr and in --json.
-    """
+    """  # noqa: D301 - click's mark for "as it is" is a backspace
     if os.geteuid() != 0:
         raise UsageError(
             "sandbox run needs root: it makes namespaces, mounts and cgroups.", hint="sudo sandbox run ..."

@@ -143,7 +143,7 @@ ALL: tuple[Mutant, ...] = (
     Mutant("more-pids", "a raised process limit", "RES-05 RES-06 PRV-24", groups=(), limits=("processes",),
            weakness=Weakness(policy=weaken.double_pids)),
     Mutant("raised-pids", "the process limit is raised in its cgroup", "RES-05", live=weaken.more_pids, groups=()),
-    Mutant("more-cpu", "no CPU cap", "RES-07", may="RES-23", live=weaken.more_cpu, groups=(), limits=("cpu",)),
+    Mutant("more-cpu", "no CPU cap", "RES-07 RES-23", live=weaken.more_cpu, groups=(), limits=("cpu",)),
     Mutant("more-disk", "a larger disk", "FS-17", may="FS-18 FS-19", weakness=Weakness(policy=weaken.double_disk), groups=(), limits=("disk",)),
     Mutant("more-inodes", "more files", "FS-18", may="FS-17", weakness=Weakness(policy=lambda p: p._replace(disk_inodes=p.disk_inodes * 2)), groups=()),
     Mutant("more-shm", "more shared memory", "FS-17", weakness=Weakness(policy=lambda p: p._replace(shm_bytes=p.shm_bytes * 2)), groups=(), limits=("shm",)),

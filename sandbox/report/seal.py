@@ -244,7 +244,7 @@ def _place(config: Config, document: Document) -> str:
             same = os.path.basename(path)[9:21] == previous[:12]
             if not same:
                 raise ReportError(
-                    f"report {number} is intact, but does not follow the kept report {number - 1}: the chain is broken.",
+                    f"report {number} is intact, but does not follow the kept report {number - 1}: a broken chain.",
                     hint="one of the two was replaced.",
                 )
             return "it follows the kept report before it"
