@@ -37,12 +37,14 @@ def examine(row: Row, facts: Facts) -> Result:
     return conclude(row, found, facts)
 
 
-def _lacks(row: Row, facts: Facts) -> str:
-    """Why what is open here is known and accepted; an empty text when it is not."""
-    waived = facts.record.spec.policy.waived
-    if row.clause in waived:
+def _lacks(row: Row, facts: Facts, open_: list[Fact]) -> str:
+    """Why everything that is open here is known and accepted; an empty text when one thing is not."""
+    if row.clause in facts.record.spec.policy.waived:
         return f"the operator waived it for this dyno: --waive {row.clause.value}"
-    return row.lacks(facts) if row.lacks is not None else ""
+    if row.lacks is None:
+        return ""
+    reasons = [row.lacks(facts, fact) for fact in open_]
+    return reasons[0] if all(reasons) else ""
 
 
 def _worst(found: list[Fact], otherwise: Status) -> Status:
@@ -52,8 +54,9 @@ def _worst(found: list[Fact], otherwise: Status) -> Status:
 
 def conclude(row: Row, found: list[Fact], about: Facts) -> Result:
     """The status that facts amount to: one that does not hold decides, then one that says nothing."""
-    facts, lacks = tuple(found), _lacks(row, about)
-    if any(fact.holds is False for fact in found):
+    facts = tuple(found)
+    if open_ := [fact for fact in found if fact.holds is False]:
+        lacks = _lacks(row, about, open_)
         return Result(row, Status.WAIVED if lacks else Status.FAIL, facts, lacks)
     unknown = [fact for fact in found if fact.holds is None and not fact.absent]
     if unknown:
@@ -75,12 +78,12 @@ def control(result: Result, controls: Mapping[str, Control]) -> Result:
     return result._replace(control=known)
 
 
-def reds(results: Iterable[Result]) -> dict[str, str]:
-    """The rows that found something open, with what they saw."""
+def reds(results: Iterable[Result], known: frozenset[str] = frozenset()) -> dict[str, str]:
+    """The rows that found something open, with what they saw. Of ``known`` ones only what is open beyond the known."""
     return {
         result.row.id: next((f"{f.what}: {f.observed}" for f in result.facts if f.holds is False), result.reason)
         for result in results
-        if result.status in (Status.FAIL, Status.WAIVED)
+        if result.status is Status.FAIL or (result.status is Status.WAIVED and result.row.id not in known)
     }
 
 

@@ -131,7 +131,7 @@ def twin(
     found: dict[str, Control] = {}
     made: list[dict[str, Any]] = []
     if full:
-        known = frozenset(judge.reds(results))
+        known = frozenset(result.row.id for result in results if result.status is Status.WAIVED)
         made = list(_mutants(config, wanted, known, progress))
     found = documents.controls(made, answer["measured"]["controls"])
     if full:

@@ -67,7 +67,8 @@ class Row(NamedTuple):
 
     ``claim``: what a customer may rely on. ``accepts``: outcomes of the prober's attempts that mean "denied"; any
     other outcome is none. ``calls``: (call, arguments) that the live filter must refuse. ``lacks``: why this engine
-    does not keep it, or an empty text; then the row is waived by the policy and counts in the exposure.
+    does not keep what that fact says, or an empty text. A row in which nothing else is open is waived, and counts in
+    the exposure; one other open fact makes it a failure.
     """
 
     id: str
@@ -82,7 +83,7 @@ class Row(NamedTuple):
     clause: Clause | None = None  # the operator may have waived it by name
     accepts: tuple[str, ...] = ()
     calls: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    lacks: Callable[[Facts], str] | None = None
+    lacks: Callable[[Facts, Fact], str] | None = None
 
 
 class Control(NamedTuple):

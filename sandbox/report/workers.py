@@ -228,36 +228,35 @@ def _one(mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: St
     if reason := mutant.impossible(wanted):
         return {**found, "impossible": reason, "missed": []}
     try:
-        reds = _reds(mutant, config, home, wanted, place)
+        reds = _reds(mutant, config, home, wanted, place, known)
     except (SandboxError, OSError) as error:
         found["failed"] = str(error)
     else:
-        missed, sloppy = catches(mutant, frozenset(reds), known)
-        found |= {
-            "reds": {row: reds[row] for row in sorted(reds) if row not in known},
-            "missed": missed,
-            "sloppy": sloppy,
-        }
-        found["reds"] |= {row: reds[row] for row in mutant.must & set(reds)}
+        missed, sloppy = catches(mutant, frozenset(reds))
+        found |= {"reds": dict(sorted(reds.items())), "missed": missed, "sloppy": sloppy}
     found["seconds"] = round(time.monotonic() - begin, 2)
     return found
 
 
-def _reds(mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: Stage) -> dict[str, str]:
+def _reds(
+    mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: Stage, known: frozenset[str]
+) -> dict[str, str]:
     twin = Twin(config, home, wanted, mutant.weakness)
     try:
         if mutant.live is not None:
             mutant.live(twin)
-        return _read(twin, mutant, config, home, place)
+        return _read(twin, mutant, config, home, place, known)
     finally:
         twin.close()
         if mutant.rules:
             twins.remove_router(config)
 
 
-def _read(twin: Twin, mutant: Mutant, config: Config, home: Config, place: Stage) -> dict[str, str]:
+def _read(
+    twin: Twin, mutant: Mutant, config: Config, home: Config, place: Stage, known: frozenset[str]
+) -> dict[str, str]:
     if mutant.host:
-        return _elsewhere(twin, mutant)
+        return _elsewhere(twin, mutant, known)
     attempts: Json | None = None
     measured: Json = {}
     if mutant.groups:
@@ -275,10 +274,10 @@ def _read(twin: Twin, mutant: Mutant, config: Config, home: Config, place: Stage
     if mutant.vanish:
         measured["NET-28"] = packets.vanished(twin, place, config)
         results["NET-28"] = _with_vanished(results["NET-28"], facts)
-    return judge.reds(results.values())
+    return judge.reds(results.values(), known)
 
 
-def _elsewhere(twin: Twin, mutant: Mutant) -> dict[str, str]:
+def _elsewhere(twin: Twin, mutant: Mutant, known: frozenset[str]) -> dict[str, str]:
     """With files of the host that read otherwise: binds in a mount namespace of a child, which nobody else sees."""
 
     def work(say: Callable[[Json], None]) -> None:
@@ -292,7 +291,7 @@ def _elsewhere(twin: Twin, mutant: Mutant) -> dict[str, str]:
                 file.write(content)
             sys.mount(f"/mnt/{number}", path, "", sys.MS_BIND)
         facts = twin.facts(None, {}, rows.CALLS)
-        say(judge.reds(judge.examine(row, facts) for row in rows.ALL))
+        say(judge.reds((judge.examine(row, facts) for row in rows.ALL), known))
 
     answer = _last(answers_of([Child(work)]))
     if "failed" in answer:

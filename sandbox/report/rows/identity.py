@@ -217,7 +217,7 @@ def _smt(facts: Facts) -> Iterator[Fact]:
     yield kernel("core scheduling cookie", "one of its own", f"{cookie.value:#x}", holds=cookie.value != 0)
 
 
-def _no_cookie(_: Facts) -> str:
+def _no_cookie(_: Facts, fact: Fact) -> str:
     return "the policy does not promise it: switch SMT off where neighbours must not measure each other"
 
 

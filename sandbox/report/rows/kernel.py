@@ -38,7 +38,7 @@ def _limits_inside(facts: Facts) -> Iterator[Fact]:
             yield kernel(f"user.max_{kind}_namespaces", most, value, holds=value <= most)
 
 
-def _no_limits_inside(facts: Facts) -> str:
+def _no_limits_inside(facts: Facts, fact: Fact) -> str:
     if facts.record.user_namespace:
         return ""
     return f"{facts.record.engine} gives no user namespace that could have such limits; the filter (KRN-01) is the wall"
@@ -56,7 +56,7 @@ def _owners(facts: Facts) -> Iterator[Fact]:
         yield kernel(f"owner of its {kind} namespace", "the host's user namespace", who, holds=owner == ours)
 
 
-def _owned_by_itself(facts: Facts) -> str:
+def _owned_by_itself(facts: Facts, fact: Fact) -> str:
     if not facts.record.user_namespace:
         return ""
     return (
@@ -122,7 +122,7 @@ def _processor(_: Facts) -> Iterator[Fact]:
             yield host(name, "not affected, or mitigated", said[:70], holds="Vulnerable" not in said)
 
 
-def _open_processor(facts: Facts) -> str:
+def _open_processor(facts: Facts, fact: Fact) -> str:
     """The host's owner decides about microcode and SMT; a container cannot close this."""
     return "the processor's owner decides: microcode and boot options, see `sandbox doctor`"
 

@@ -40,7 +40,7 @@ def _user_namespace(facts: Facts) -> Iterator[Fact]:
         yield kernel(f"against {other.name}", "another", "the same" if theirs == mine else theirs, holds=theirs != mine)
 
 
-def _no_user_namespace(facts: Facts) -> str:
+def _no_user_namespace(facts: Facts, fact: Fact) -> str:
     if facts.record.user_namespace:
         return ""
     return (
