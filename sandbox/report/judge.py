@@ -78,12 +78,25 @@ def control(result: Result, controls: Mapping[str, Control]) -> Result:
     return result._replace(control=known)
 
 
-def reds(results: Iterable[Result], known: frozenset[str] = frozenset()) -> dict[str, str]:
-    """The rows that found something open, with what they saw. Of ``known`` ones only what is open beyond the known."""
+Known = Mapping[str, frozenset[str]]
+
+
+def known(results: Iterable[Result]) -> Known:
+    """What is open in waived rows: row, and what its open facts are about."""
+    return {result.row.id: _open(result) for result in results if result.status is Status.WAIVED}
+
+
+def _open(result: Result) -> frozenset[str]:
+    return frozenset(fact.what for fact in result.facts if fact.holds is False)
+
+
+def reds(results: Iterable[Result], before: Known | None = None) -> dict[str, str]:
+    """The rows that found something open, with what they saw. Of waived ones only what is open beyond ``before``."""
     return {
         result.row.id: next((f"{f.what}: {f.observed}" for f in result.facts if f.holds is False), result.reason)
         for result in results
-        if result.status is Status.FAIL or (result.status is Status.WAIVED and result.row.id not in known)
+        if result.status is Status.FAIL
+        or (result.status is Status.WAIVED and _open(result) - (before or {}).get(result.row.id, frozenset()))
     }
 
 

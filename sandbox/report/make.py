@@ -131,7 +131,7 @@ def twin(
     found: dict[str, Control] = {}
     made: list[dict[str, Any]] = []
     if full:
-        known = frozenset(result.row.id for result in results if result.status is Status.WAIVED)
+        known = judge.known(results)
         made = list(_mutants(config, wanted, known, progress))
     found = documents.controls(made, answer["measured"]["controls"])
     if full:
@@ -173,7 +173,7 @@ def _remarks(answer: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _mutants(config: Config, wanted: Wanted, known: frozenset[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def _mutants(config: Config, wanted: Wanted, known: judge.Known, progress: Progress) -> Iterator[dict[str, Any]]:
     """Two at a time: a mutant waits for timeouts as long as it works."""
     chosen = [mutant for mutant in (*mutants.ALL, *mutants.HOST) if wanted.engine in mutant.engines]
     # The long ones first, dealt in turn.

@@ -204,9 +204,7 @@ def _with_vanished(result: Result, facts: Facts) -> Result:
     return judge.conclude(result.row, list(more), facts)
 
 
-def run_mutants(
-    home: Config, wanted: Wanted, parts: Sequence[Sequence[Mutant]], known: frozenset[str]
-) -> Iterator[Json]:
+def run_mutants(home: Config, wanted: Wanted, parts: Sequence[Sequence[Mutant]], known: judge.Known) -> Iterator[Json]:
     """Each mutant of each part: what turned red, and what should have and did not. The parts are run side by side."""
 
     def start(mutants: Sequence[Mutant]) -> Child:
@@ -220,7 +218,7 @@ def run_mutants(
     yield from answers_of([start(part) for part in parts])
 
 
-def _one(mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: Stage, known: frozenset[str]) -> Json:
+def _one(mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: Stage, known: judge.Known) -> Json:
     from sandbox.report.mutants import catches
 
     begin = time.monotonic()
@@ -239,7 +237,7 @@ def _one(mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: St
 
 
 def _reds(
-    mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: Stage, known: frozenset[str]
+    mutant: Mutant, config: Config, home: Config, wanted: Wanted, place: Stage, known: judge.Known
 ) -> dict[str, str]:
     twin = Twin(config, home, wanted, mutant.weakness)
     try:
@@ -252,9 +250,7 @@ def _reds(
             twins.remove_router(config)
 
 
-def _read(
-    twin: Twin, mutant: Mutant, config: Config, home: Config, place: Stage, known: frozenset[str]
-) -> dict[str, str]:
+def _read(twin: Twin, mutant: Mutant, config: Config, home: Config, place: Stage, known: judge.Known) -> dict[str, str]:
     if mutant.host:
         return _elsewhere(twin, mutant, known)
     attempts: Json | None = None
@@ -277,7 +273,7 @@ def _read(
     return judge.reds(results.values(), known)
 
 
-def _elsewhere(twin: Twin, mutant: Mutant, known: frozenset[str]) -> dict[str, str]:
+def _elsewhere(twin: Twin, mutant: Mutant, known: judge.Known) -> dict[str, str]:
     """With files of the host that read otherwise: binds in a mount namespace of a child, which nobody else sees."""
 
     def work(say: Callable[[Json], None]) -> None:
