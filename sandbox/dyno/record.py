@@ -111,13 +111,13 @@ def find(config: Config, wanted: str) -> Record:
 
 
 def live(config: Config) -> list[Record]:
-    """Every dyno with a record whose supervisor lives; one that ends meanwhile is left out."""
+    """Every dyno with a record whose supervisor lives; one that starts or ends meanwhile has none. Raises HostError."""
     found = []
     for path, header in journal.headers(config.journal_dir):
         if journal.is_live(path):
             try:
                 found.append(read(config, str(header["id"])))
-            except (NotFound, HostError):
+            except NotFound:
                 continue
     return found
 

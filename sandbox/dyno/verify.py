@@ -108,14 +108,18 @@ def living(subject: Subject, read: Callable[[int], T]) -> Iterator[tuple[int, T]
     Behind the gate none ends. In a live dyno they come and go; what cannot be read of one that lives is an error.
     """
     for pid in subject.pids:
+        thread = observe.living_thread(pid)
+        if thread is None:
+            if pid == subject.init:
+                raise HostError("its init is gone.")
+            continue
         try:
-            value = read(pid)
+            value = read(thread)
         except (HostError, OSError, KeyError, ValueError):
-            if pid == subject.init or not observe.ended(pid):
+            if pid == subject.init or observe.living_thread(pid) == thread:
                 raise
             continue
-        if pid == subject.init or not observe.ended(pid):
-            yield pid, value
+        yield pid, value
 
 
 def _capabilities(subject: Subject) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ empty answer must never look like a restriction.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from typing import NamedTuple
@@ -60,7 +61,12 @@ def threads(pid: int) -> list[Thread]:
     """Every thread of the process: credentials and filters are per thread."""
     found = []
     for tid in _listdir(f"/proc/{pid}/task"):
-        table = _table(f"/proc/{pid}/task/{tid}/status")
+        try:
+            table = _table(f"/proc/{pid}/task/{tid}/status")
+        except HostError:
+            if os.path.exists(f"/proc/{pid}/task/{tid}"):
+                raise
+            continue  # it ended between the two calls
         found.append(
             Thread(
                 tid=int(tid),
@@ -139,13 +145,40 @@ def oom_score_adj(pid: int) -> int:
 
 def descriptors(pid: int) -> dict[int, str]:
     """What each open descriptor of the process is."""
+    return _descriptors(f"/proc/{pid}/fd")
+
+
+def _descriptors(folder: str) -> dict[int, str]:
     found = {}
-    for name in _listdir(f"/proc/{pid}/fd"):
+    for name in _listdir(folder):
         try:
-            found[int(name)] = os.readlink(f"/proc/{pid}/fd/{name}")
+            found[int(name)] = os.readlink(f"{folder}/{name}")
         except FileNotFoundError:
             continue
     return found
+
+
+def tables(pid: int) -> list[int]:
+    """Threads of the process that together hold all of its descriptors: a thread may have a table of its own.
+
+    kcmp(2) tells whether two threads share one; without it, every thread counts.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    found: list[int] = []
+    for tid in sorted((int(name) for name in _listdir(f"/proc/{pid}/task")), key=lambda tid: tid != pid):
+        # 312: kcmp on x86-64; KCMP_FILES is 2. 0: the same table.
+        if not any(libc.syscall(ctypes.c_long(312), known, tid, 2, 0, 0) == 0 for known in found):
+            found.append(tid)
+    return found
+
+
+def file_system(path: str) -> int:
+    """The magic number of the file system that the path lies on, see statfs(2)."""
+    buffer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None, use_errno=True).statfs(path.encode(), buffer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return int.from_bytes(buffer.raw[:8], "little")
 
 
 def mount_of(path: str) -> int:
@@ -195,11 +228,28 @@ def status(pid: int) -> dict[str, str]:
 
 
 def ended(pid: int | str) -> bool:
-    """Whether the process is gone or a zombie: there is nothing left of it to examine."""
+    """Whether the process is gone, or all of its threads are: there is nothing left of it to examine."""
+    return living_thread(int(pid)) is None
+
+
+def living_thread(pid: int) -> int | None:
+    """A thread of the process that lives: the first one, unless that ended before the others; None when none does.
+
+    A process whose first thread has ended is a zombie to look at, and runs on in its other threads.
+    """
     try:
-        return _stat_fields(pid)[0] in ("Z", "X")
+        if _stat_fields(pid)[0] not in ("Z", "X"):
+            return pid
+        names = _listdir(f"/proc/{pid}/task")
     except HostError:
-        return True
+        return None
+    for name in names:
+        try:
+            if _stat_fields(f"{pid}/task/{name}")[0] not in ("Z", "X"):
+                return int(name)
+        except HostError:
+            continue
+    return None
 
 
 def start_ticks(pid: int) -> int:

@@ -220,23 +220,57 @@ def check_shape(document: Document, path: str) -> None:
             for item in check["evidence"]:
                 for key in ("tier", "what", "promised", "observed", "why"):
                     _is(item[key], str)
+                _is(item["holds"], bool, type(None))
             for ref in check["refs"]:
                 _is(ref, str)
+            if check["control"] is not None:
+                for key in ("by", "observed", "at"):
+                    _is(check["control"][key], str)
         for mutant in document["mutants"]:
-            _is(mutant["name"], str)
+            for key in ("name", "says", "impossible", "failed"):
+                _is(mutant[key], str)
             _is(mutant["turned"], dict)
+            _is(mutant["caught"], bool)
+            for item in (*mutant["missed"], *mutant["unexpected"]):
+                _is(item, str)
         summary = document["summary"]
         for key in ("exposure", "proof_coverage"):
             _is(summary[key], int, float)
+        for key in ("mutants_caught", "mutants_made", "mutants_impossible", "checks"):
+            _is(summary[key], int)
+        _is(summary["mutation_score"], int, float, type(None))
+        _is(summary["word"], str)
+        for status in Status:
+            _is(summary["counts"][status.value], int)
         for key in ("subject", "host", "events"):
             _is(document[key], dict)
+        for key in ("dyno", "app", "engine", "runtime", "policy_digest", "port"):
+            _is(document["subject"][key], str, int, type(None))
+        _is(document["subject"]["egress"]["mode"], str)
+        for item in (*document["subject"]["egress"]["networks"], *document["subject"]["egress"]["names"]):
+            _is(item, str)
         for bar in document["limits"]:
             _is(bar["promised"], int, float)
-            _is(bar["shown"][1], str)
-        for key in ("number",):
-            _is(document.get(key, 0), int)
-        for key in ("at", "mode", "product"):
+            _is(bar["measured"], int, float, type(None))
+            for text in (bar["what"], bar["shown"][0], bar["shown"][1]):
+                _is(text, str)
+        for item in document["events"].get("denied", []):
+            _is(item["what"], str)
+            _is(item["packets"], int)
+        for item in document["host"].get("findings", []):
+            for key in ("verdict", "topic", "statement", "evidence"):
+                _is(item[key], str)
+        for text in (*document["notes"], *document["known_limits"]):
+            _is(text, str)
+        _is(document.get("number", 0), int)
+        _is(document.get("previous", ""), str)
+        _is(document["seconds"], int, float)
+        for key in ("mode", "product"):
             _is(document[key], str)
+        age(document)
+        if "seal" in document:
+            for key in ("key", "digest", "signature"):
+                _is(document["seal"][key], str)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ReportError(
             f"{path} has not the shape of a report: {type(error).__name__} {str(error)[:60]}.",
@@ -245,7 +279,8 @@ def check_shape(document: Document, path: str) -> None:
 
 
 def _is(value: object, *kinds: type) -> None:
-    if not isinstance(value, kinds):
+    # Every bool is an int to Python; not here.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise TypeError(f"{str(value)[:40]!r}")
 
 

@@ -88,7 +88,7 @@ class Facts:
     @cached_property
     def filter(self) -> filters.Reading:
         if self.is_itself:
-            return filters.nothing(self._calls)
+            return filters.without(self.config, self._calls)
         return filters.read(self.config, self.pid, self._calls)
 
     @cached_property
@@ -107,6 +107,10 @@ class Facts:
         """Every other live dyno of this instance."""
         mine = self.spec.container_id
         return [other for other in records.live(self.config) if other.spec.container_id != mine]
+
+    def living_others(self) -> list[Record]:
+        """Those of the others that live at this moment: what has ended shares nothing."""
+        return [other for other in self.others if records.still(other)]
 
     def clause(self, clause: Clause, observed: Callable[[], str]) -> Iterator[Fact]:
         """What the check before the start says now: one fact that holds, or one for each difference."""
@@ -142,4 +146,6 @@ class Facts:
         for call, arguments in row.calls:
             said = self.filter.verdict(call, arguments)
             words = f"{call}({', '.join(f'{a:#x}' for a in arguments)})"
-            yield Fact(Tier.KERNEL, f"filter: {words}", "refused", said, said != "ALLOW")
+            # LOG, TRACE and USER_NOTIF let a call run, or let somebody decide.
+            refused = said.startswith(("ERRNO", "KILL", "TRAP"))
+            yield Fact(Tier.KERNEL, f"filter: {words}", "refused", said, refused)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sandbox.config import Config
 from sandbox.errors import HostError
 from sandbox.host import filters
+from sandbox.host.filters import Filters
 from sandbox.policy import cbpf, seccomp
 from sandbox.policy.cbpf import Case
 from sandbox.policy.syscall_numbers import LAST, NAMES, NUMBERS
@@ -46,7 +48,10 @@ def read(config: Config, pid: int, calls: Calls) -> Reading:
     What given bytes do is a pure function of them: it is computed once and kept under their digest, in a folder that
     only root can write to. The bytes themselves are read from the kernel every time.
     """
-    found = filters.read(pid)
+    return _reading(config, filters.read(pid), calls)
+
+
+def _reading(config: Config, found: Filters, calls: Calls) -> Reading:
     digest = hashlib.sha256(b"\0".join(found.programs)).hexdigest()
     known = _Memory(config, digest, calls)
     facts = known.load()
@@ -67,10 +72,12 @@ def read(config: Config, pid: int, calls: Calls) -> Reading:
     )
 
 
-def nothing(calls: Calls) -> Reading:
-    """The reading of a process without a filter, which allows everything."""
-    verdicts = {_word(call, arguments): "ALLOW" for call, arguments in calls}
-    return Reading("", 0, 0, 0.0, ("no filter is installed",), len(NAMES), 2 * _SWEEP, _SWEEP - LAST - 1, verdicts)
+def without(config: Config, calls: Calls) -> Reading:
+    """The reading of a process without a filter: by the same way, of a program that allows everything."""
+    return _reading(config, Filters((_ALLOW_ALL,), 0.0), calls)
+
+
+_ALLOW_ALL = struct.pack("<HBBI", 0x06, 0, 0, cbpf.ALLOW)
 
 
 def _examine(programs: tuple[bytes, ...], calls: Calls) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def _examine(programs: tuple[bytes, ...], calls: Calls) -> dict[str, Any]:
         call = NAMES.get(case.number, f"call {case.number}")
         promised = seccomp.verdict(call, case.arguments)
         observed = None if value == cbpf.ALLOW else value & 0xFFFF if value & 0xFFFF0000 == cbpf.ERRNO else -1
-        allowed += value == cbpf.ALLOW and not case.arguments
+        allowed += _runs(value) and not case.arguments
         # Runtimes answer ENOSYS for calls that are newer than the newest in the policy: refused all the same.
         if observed != promised and not (promised == 1 and observed == 38 and case.number > NUMBERS["mount_setattr"]):
             differences.append(f"{call}{_hex(case.arguments)}: promised {_say(promised)}, observed {cbpf.name(value)}")
@@ -98,7 +105,7 @@ def _examine(programs: tuple[bytes, ...], calls: Calls) -> dict[str, Any]:
         _word(call, arguments): cbpf.name(value)
         for (call, arguments), value in zip(calls, results[len(results) - len(calls) :], strict=True)
     }
-    unknown = sum(value == cbpf.ALLOW for case, value in zip(native, results, strict=False) if case.number > LAST)
+    unknown = sum(_runs(value) for case, value in zip(native, results, strict=False) if case.number > LAST)
     return {
         "differences": differences[:50] + alive[:2],
         "allowed": allowed,
@@ -110,6 +117,11 @@ def _examine(programs: tuple[bytes, ...], calls: Calls) -> dict[str, Any]:
 
 def _word(call: str, arguments: tuple[int, ...]) -> str:
     return call + _hex(arguments)
+
+
+def _runs(value: int) -> bool:
+    """Whether the call may run: everything but a refusal."""
+    return value & 0xFFFF0000 not in (cbpf.ERRNO, cbpf.KILL_PROCESS, cbpf.KILL_THREAD, cbpf.TRAP)
 
 
 def _say(promised: int | None) -> str:

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sandbox import __version__
+from sandbox import __version__, hostcmd
 from sandbox.config import Config
 from sandbox.dyno import record as records
 from sandbox.dyno.record import Record
 from sandbox.errors import HostError, SandboxError
 from sandbox.firewall import denied
 from sandbox.host import doctor, observe
+from sandbox.host import stack as stacks
 from sandbox.policy.policy import Policy
 from sandbox.policy.seccomp import document as filter_document
 from sandbox.report import document as documents
@@ -39,12 +40,12 @@ def live(config: Config, record: Record, *, mode: str = "live", common: wall.Sha
     begin = time.monotonic()
     facts = Facts(config, record, calls=rows.CALLS, common=common)
     results = [judge.examine(row, facts) for row in rows.ALL]
-    if not facts.lives():
-        results = [_ended(result) for result in results]
-    proof = _proof(config, record.spec.policy, record.engine, record.runtime)
+    proof = _proof(config, record.spec.policy, record.engine, record.runtime, record.stack_digest)
     # Without a twin's: a process with every right, ourselves, which each reading must find open.
     found = proof.controls or documents.controls([], workers.itself(config, record))
     judged = [judge.control(_from_twin(result, proof), found) for result in results]
+    if not facts.lives():
+        judged = [_ended(result) for result in judged]
     seconds = time.monotonic() - begin
     usage = _usage(facts)
     return Made(
@@ -137,7 +138,7 @@ def twin(
     if full:
         _keep_proof(config, wanted, found, results)
     else:
-        found |= _proof(config, wanted.policy, wanted.engine, wanted.runtime).controls
+        found |= _proof(config, wanted.policy, wanted.engine, wanted.runtime, wanted.stack.digest).controls
     judged = [judge.control(result, found) for result in results]
     measured = _measured(answer)
     return Made(
@@ -201,8 +202,31 @@ def _mutants(config: Config, wanted: Wanted, known: judge.Known, progress: Progr
 # ---- what was proven before: controls are kept for the same policy, code, kernel and boot
 
 
-def _proof_path(config: Config, policy: Policy, engine: str, runtime: str) -> str:
+def _code() -> str:
+    """What tells one version of our code from another, without reading it."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = []
+    for folder, _, names in os.walk(package):
+        for name in names:
+            if name.endswith((".py", ".j2", ".json")):
+                status = os.stat(f"{folder}/{name}")
+                found.append((f"{folder}/{name}", status.st_size, status.st_mtime_ns))
+    return repr(sorted(found))
+
+
+def _program(engine: str, runtime: str) -> str:
+    path = hostcmd.which("dockerd" if engine == "docker" else runtime)
+    return repr(stacks.identity(path)) if path else ""
+
+
+def _proof_path(config: Config, policy: Policy, engine: str, runtime: str, stack: str) -> str:
     parts = (
+        stack,
+        _code(),
+        _program(engine, runtime),
+        config.pool,
+        repr(config.deny),
+        repr(config.permit),
         __version__,
         policy.digest(),
         engine,
@@ -217,7 +241,7 @@ def _proof_path(config: Config, policy: Policy, engine: str, runtime: str) -> st
 
 
 def _keep_proof(config: Config, wanted: Wanted, found: Mapping[str, Control], results: Iterable[Result]) -> None:
-    path = _proof_path(config, wanted.policy, wanted.engine, wanted.runtime)
+    path = _proof_path(config, wanted.policy, wanted.engine, wanted.runtime, wanted.stack.digest)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     draft = f"{path}.{os.getpid()}"
     proof = {
@@ -230,8 +254,8 @@ def _keep_proof(config: Config, wanted: Wanted, found: Mapping[str, Control], re
     os.rename(draft, path)
 
 
-def _proof(config: Config, policy: Policy, engine: str, runtime: str) -> Proof:
-    path = _proof_path(config, policy, engine, runtime)
+def _proof(config: Config, policy: Policy, engine: str, runtime: str, stack: str) -> Proof:
+    path = _proof_path(config, policy, engine, runtime, stack)
     try:
         if time.time() - os.stat(path).st_mtime > _PROOF_AGE_S:
             return Proof()

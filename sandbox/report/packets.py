@@ -23,6 +23,7 @@ from sandbox.report.twin import Twin
 
 Json = dict[str, Any]
 _HOST_PORT = 5432
+_INNER = "private shared link-local reserved dyno"
 
 
 def network(twin: Twin, stage: Stage, config: Config) -> Json:
@@ -50,10 +51,12 @@ def _denied(twin: Twin, stage: Stage, config: Config, other: Place, link_address
     gateway = str(twin.record.place.gateway) if twin.record.place else ""
     decoys = stage.decoys()
     rows: dict[str, list[Attempt]] = {
-        "NET-02": [Attempt(p, a, _HOST_PORT, "host") for p in ("tcp", "udp") for a in (HOST, link_address, gateway)],
+        "NET-02": [
+            Attempt(p, a, _HOST_PORT, "host dyno") for p in ("tcp", "udp") for a in (HOST, link_address, gateway)
+        ],
         "NET-03": [Attempt(p, str(other.address), 80, "dyno") for p in ("tcp", "udp")],
         "NET-04": [Attempt(p, a, 80, "metadata") for p in ("tcp", "udp") for a in METADATA],
-        "NET-05": [Attempt("tcp", a, 80, "") for a in decoys] + [Attempt("udp", a, 80, "") for a in decoys],
+        "NET-05": [Attempt(p, a, 80, _INNER) for p in ("tcp", "udp") for a in decoys],
         "NET-06": [Attempt("udp", "224.0.0.251", 5353, "multicast")],
         "NET-19": [Attempt("tcp", RESOLVER, 853, "host"), Attempt("udp", RESOLVER, 5353, "host")],
         "NET-21": [Attempt("tcp", PUBLIC, 25, "smtp")],
@@ -76,8 +79,9 @@ def _denied(twin: Twin, stage: Stage, config: Config, other: Place, link_address
                 {
                     "what": attempt.what,
                     "seen": arrived,
-                    "denied": sum(rules.values()),
-                    "rule": next(iter(rules), attempt.rule or "denied"),
+                    # By the rule that is meant: another one would stop it today, and be gone tomorrow.
+                    "denied": sum(count for rule, count in rules.items() if rule in attempt.rule.split()),
+                    "rule": next((rule for rule in rules if rule in attempt.rule.split()), attempt.rule),
                 }
             )
     if mode is Mode.PUBLIC:

@@ -117,6 +117,9 @@ def keep(config: Config, document: Document) -> tuple[Document, str]:
             file.write(canonical(sealed) + b"\n")
         os.chmod(draft, 0o600)
         os.rename(draft, path)
+        with open(f"{draft}.last", "wb") as file:
+            file.write(canonical({"digest": digest, "number": number + 1}))
+        os.rename(f"{draft}.last", f"{folder}/.last")
         _drop_old(folder)
     return sealed, path
 
@@ -128,16 +131,18 @@ def kept(config: Config) -> list[str]:
 
 
 def _last(folder: str) -> tuple[str, int]:
-    names = sorted(name for name in os.listdir(folder) if name[:8].isdigit() and name.endswith(".json"))
-    if not names:
-        return "", 0
+    """Digest and number of the last report that was made, there or not: numbers are never used again."""
+    path = f"{folder}/.last"
     try:
-        with open(f"{folder}/{names[-1]}", "rb") as file:
-            return str(json.loads(file.read())["seal"]["digest"]), int(names[-1][:8])
+        with open(path, "rb") as file:
+            values = json.loads(file.read())
+        return str(values["digest"]), int(values["number"])
+    except FileNotFoundError:
+        return "", 0
     except (ValueError, KeyError, TypeError) as error:
         raise HostError(
-            f"the last report {folder}/{names[-1]} is damaged: the chain cannot go on from it.",
-            hint="keep it as evidence and move it away.",
+            f"{path} is damaged: the chain of reports cannot go on from it.",
+            hint="keep the folder as evidence and move it away.",
         ) from error
 
 
@@ -160,7 +165,7 @@ def load(path: str) -> Document:
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}.", hint="sandbox report list") from error
     try:
-        document = json.loads(data)
+        document = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{path} is no report, or was cut short: {str(error)[:80]}.",
@@ -179,6 +184,10 @@ def load(path: str) -> Document:
 
     check_shape(document, path)
     return document
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def verify(config: Config, path: str, *, public_key: str = "") -> Verified:
@@ -238,11 +247,12 @@ def _expected(config: Config, public_key: str, serialization: Any) -> str | None
 
 def _place(config: Config, document: Document) -> str:
     """Whether the report before it, if it is kept, is the one that it names."""
-    number, previous = int(document["number"]), str(document["previous"])
+    number, previous = document.get("number"), document.get("previous")
+    if not isinstance(number, int) or not isinstance(previous, str):
+        raise ReportError("it has no place in a chain.", hint="it was not made by sandbox report.")
     for path in kept(config):
         if os.path.basename(path)[:8] == f"{number - 1:08}":
-            same = os.path.basename(path)[9:21] == previous[:12]
-            if not same:
+            if load(path)["seal"]["digest"] != previous:
                 raise ReportError(
                     f"report {number} is intact, but does not follow the kept report {number - 1}: a broken chain.",
                     hint="one of the two was replaced.",

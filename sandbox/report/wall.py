@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterator
 from ipaddress import IPv4Address
 from typing import Any, NamedTuple
 
@@ -33,11 +36,18 @@ class Reading(NamedTuple):
     sysctls: tuple[tuple[str, str, str], ...]
     members: dict[str, bool]
     digest: str
+    elements: dict[str, tuple[tuple[str, str], ...]]
+    extra: tuple[str, ...]
 
     def covers(self, address: str) -> bool:
         """Whether the live sets deny that address."""
         number = int(IPv4Address(address))
         return address in self.hosts or any(first <= number <= last for first, last, _ in self.denied)
+
+    def covers_all(self, network: str) -> bool:
+        """Whether the live set denies every address of a network."""
+        item = egress.parse_network(network, where="pool")
+        return self._covered(item.first, item.last)
 
     def misses(self, reasons: frozenset[Reason]) -> list[str]:
         """The ranges of those reasons that the policy denies and the live set does not, completely."""
@@ -68,6 +78,7 @@ class Shared(NamedTuple):
     rules: str
     sysctls: tuple[tuple[str, str, str], ...]
     digest: str
+    elements: dict[str, tuple[tuple[str, str], ...]]  # by link: (set, the rest of the key) of every element
 
 
 def shared(config: Config) -> Shared:
@@ -88,6 +99,7 @@ def shared(config: Config) -> Shared:
             _rules(nft),
             sysctls,
             str(router.read_state(layout)["router"]),
+            _elements(nft),
         )
     finally:
         nft.close()
@@ -107,7 +119,52 @@ def read(config: Config, pid: int, place: Place, port: int, common: Shared) -> R
         members = _have(nft, wanted)
     finally:
         nft.close()
-    return Reading(differences, neighbours=neighbours, members=members, **common._asdict())
+    extra = tuple(_beyond(record, common.elements)) if record else ()
+    return Reading(differences, neighbours=neighbours, members=members, extra=extra, **common._asdict())
+
+
+# Each element of these is a right of the link that its key begins with.
+RIGHTS = (
+    "src4",
+    "public",
+    "allowing",
+    "policed",
+    "resolve",
+    "smtp",
+    "permit4",
+    "allow4",
+    "named4",
+    "reply4",
+    "inbound4",
+)
+
+
+def _elements(nft: Nft) -> dict[str, tuple[tuple[str, str], ...]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for which in RIGHTS:
+        for item in nft.listing(f"set {ruleset.TABLE} {which}"):
+            for element in item.get("set", {}).get("elem", []):
+                value = element.get("elem", {}).get("val", element) if isinstance(element, dict) else element
+                parts = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
+                found.setdefault(str(parts[0]), []).append((which, json.dumps(parts[1:])))
+    return {link: tuple(items) for link, items in found.items()}
+
+
+def _beyond(record: dict[str, Any], elements: dict[str, tuple[tuple[str, str], ...]]) -> Iterator[str]:
+    """Elements of the dyno's link that its record does not ask for. Ranges are counted: the kernel spells them anew."""
+    wanted = Counter(str(item[0]) for item in record["elements"])
+    names = bool(record["egress"]["names"] or record["egress"]["pinned"])
+    live: dict[str, list[str]] = {}
+    for which, key in elements.get(str(record["link"]), ()):
+        live.setdefault(which, []).append(key)
+    for which, keys in live.items():
+        # What names opened comes and goes with their answers.
+        if len(keys) > wanted[which] and not (which == "named4" and names):
+            yield from (f"{which} {key}" for key in keys)
+    address = str(record["address"])
+    for key in live.get("src4", []):
+        if json.loads(key) != [address]:
+            yield f"src4 {key}"
 
 
 def _sysctl(name: str) -> str:

@@ -128,7 +128,9 @@ def report(sandbox: Instance, cell: Cell, *options: str) -> dict:
     return document
 
 
-def test_a_live_dyno_is_read_and_not_disturbed(sandbox, cell):
+@pytest.mark.timeout(400)
+def test_a_live_dyno_is_read_and_not_disturbed(sandbox, cell, full, engine):
+    full(engine)  # the controls of what is sent come from attacked twins
     live = cell()
     live("import os, time\nos.dup2(os.open('/dev/null', os.O_RDONLY), 9)")
     document = report(sandbox, live)
@@ -214,6 +216,102 @@ def test_a_clause_missing_in_the_bundle_turns_its_row_red(sandbox, cell, engine,
     seen = red(report(sandbox, live))
     assert rows <= seen
     assert seen - rows <= {"PRV-06", "FS-03"}, "a foreign mount has its own flags"
+
+
+# What a hostile, or just a busy app does while it is examined. None of it may hide anything, and none turn a row red.
+ZOMBIE_LEADER = """
+import ctypes, os, threading, time
+pid = os.fork()
+if pid == 0:
+    def run():
+        time.sleep(60)
+    for _ in range(4):
+        threading.Thread(target=run).start()
+    ctypes.CDLL(None).syscall(60, 0)  # exit(2): the first thread alone
+time.sleep(0.2)
+result = pid
+"""
+CHURN = """
+import os, threading, time
+if os.fork() == 0:
+    for _ in range(12):
+        if os.fork() == 0:
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                if os.fork() == 0: os._exit(0)
+                try: os.wait()
+                except OSError: pass
+            os._exit(0)
+    os._exit(0)
+if os.fork() == 0:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        t = threading.Thread(target=time.sleep, args=(0.001,)); t.start(); t.join()
+    os._exit(0)
+time.sleep(0.2)
+result = 1
+"""
+MEMORY = """
+import ctypes, os
+held = os.memfd_create("x")
+queue = ctypes.CDLL(None).syscall(240, b"hello", 0o102, 0o600, 0)
+result = queue > 0
+"""
+MANY = """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        for _ in range(9000): os.dup(0)
+        time.sleep(30)
+        os._exit(0)
+time.sleep(1.0)
+result = 1
+"""
+
+
+@pytest.mark.parametrize("code", [ZOMBIE_LEADER, CHURN, MEMORY], ids=["zombie leader", "churn", "files of memory"])
+def test_what_a_busy_app_does_turns_nothing_red_and_hides_nothing(sandbox, cell, code):
+    live = cell()
+    assert live(code)
+    for _ in range(3):
+        document = report(sandbox, live)
+        assert red(document) == set()
+        unproven = statuses(document).get("unproven", set())
+        assert not unproven & {"PRV-01", "PRV-02", "PRV-03", "PRV-10", "PRV-23", "IDN-01", "KRN-06"}, unproven
+
+
+def test_threads_behind_a_dead_first_one_are_examined(sandbox, cell):
+    live = cell()
+    live(ZOMBIE_LEADER)
+    check = next(c for c in report(sandbox, live)["checks"] if c["id"] == "PRV-01")
+    assert "all 6 threads" in check["observed"] or "all 7 threads" in check["observed"], check["observed"]
+
+
+def test_more_descriptors_than_can_be_read_are_unproven(sandbox, cell):
+    live = cell()
+    live(MANY)
+    document = report(sandbox, live)
+    assert "PRV-28" in statuses(document)["unproven"]
+    assert red(document) == set()
+
+
+@pytest.mark.parametrize(
+    ("element", "rows"),
+    [
+        ('smtp {{ "{link}" }}', {"NET-21"}),
+        ('permit4 {{ "{link}" . 169.254.169.254 . tcp . 80 }}', {"NET-04", "NET-05", "NET-30"}),
+        ('inbound4 {{ "{link}" . {address} . 9999 }}', {"NET-17"}),
+        ('src4 {{ "{link}" . 192.0.2.9 }}', {"NET-08"}),
+        ('allow4 {{ "{link}" . 10.0.0.0-10.0.0.255 . tcp . 80 }}', {"NET-30"}),
+    ],
+)
+def test_a_right_that_was_not_given_turns_its_rows_red(sandbox, cell, element, rows):
+    live = cell()
+    text = element.format(link=live.link, address=live.address)
+    router(sandbox, "nft", f"add element inet sandbox {text}")
+    assert red(report(sandbox, live)) == rows
+    router(sandbox, "nft", f"delete element inet sandbox {text}")
+    assert red(report(sandbox, live)) == set()
 
 
 def test_a_dyno_that_ends_meanwhile_is_no_crash(sandbox, cell):

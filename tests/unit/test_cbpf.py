@@ -117,3 +117,23 @@ def test_high_words_are_words_of_their_own():
 )
 def test_the_policy_says_what_becomes_of_a_call(call, arguments, verdict):
     assert seccomp.verdict(call, arguments) == verdict
+
+
+@pytest.mark.parametrize("action", [cbpf.LOG, cbpf.TRACE, cbpf.USER_NOTIF, cbpf.ALLOW])
+def test_what_lets_a_call_run_is_no_refusal(action, tmp_path):
+    from sandbox.config import Config
+    from sandbox.host.filters import Filters
+    from sandbox.report import filter as filters
+    from sandbox.report import rows
+    from sandbox.report.facts import Facts
+
+    code = program((RET, 0, 0, action))
+    config = Config(str(tmp_path), str(tmp_path))
+    reading = filters._reading(config, Filters((code,), 0.0), rows.CALLS)
+    assert reading.unknown > 0
+    assert reading.differences
+    facts = Facts.__new__(Facts)
+    facts.__dict__["filter"] = reading
+    found = list(facts.emulated(rows.BY_ID["KRN-07"]))
+    assert found
+    assert not any(fact.holds for fact in found)

@@ -295,11 +295,20 @@ def test_a_report_of_another_key_is_not_ours(config, document, tmp_path):
 def test_a_hole_in_the_chain_is_told(config, document):
     _, first = keep(config, document)
     _, second = keep(config, document)
-    os.unlink(first)
-    keep_again = json.loads(Path(second).read_text())["previous"]
-    Path(first.replace(keep_again[:12], "0" * 12)).write_text("{}")
+    other, _ = keep(config, document)
+    Path(first).write_bytes(seal.canonical(other))
     with pytest.raises(seal.ReportError, match="does not follow"):
         seal.verify(config, second)
+    os.unlink(first)
+    assert "not kept here" in seal.verify(config, second).chained
+
+
+def test_a_number_is_never_used_again(config, document):
+    _, first = keep(config, document)
+    os.unlink(first)
+    sealed, _ = keep(config, document)
+    assert sealed["number"] == 2
+    assert sealed["previous"].startswith(first.rpartition("-")[2].removesuffix(".json"))
 
 
 def test_old_reports_are_dropped(config, document, monkeypatch):
@@ -338,6 +347,41 @@ def test_what_is_no_report_is_said(tmp_path, content, says):
     assert error.value.hint
 
 
+@pytest.mark.parametrize(
+    "break_",
+    [
+        lambda d: d["summary"].update(mutants_caught="\x1b[2J"),
+        lambda d: d["summary"].update(mutants_made="\x1b]52;c;x"),
+        lambda d: d["summary"].pop("counts"),
+        lambda d: d["summary"].update(exposure="x"),
+        lambda d: d.update(at="x"),
+        lambda d: d.update(seconds="x"),
+        lambda d: d.update(number="1"),
+        lambda d: d["limits"][0].update(measured="x"),
+        lambda d: d["checks"][0].update(status="green"),
+        lambda d: d["checks"][0]["evidence"][0].update(holds="yes"),
+        lambda d: d["events"]["denied"][0].update(packets="<b>"),
+        lambda d: d["subject"].update(egress={}),
+        lambda d: d.update(seal={"key": 1}),
+    ],
+)
+def test_a_file_with_other_shapes_in_it_is_refused(document, tmp_path, break_):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(document))
+    seal.load(str(path))
+    break_(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(seal.ReportError, match="not the shape"):
+        seal.load(str(path))
+
+
+def test_a_number_that_is_none_is_refused(document, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**document, "seconds": float("nan")}))
+    with pytest.raises(seal.ReportError, match="no number"):
+        seal.load(str(path))
+
+
 def test_a_difference_is_told(document):
     new = copy.deepcopy(document)
     assert list(text.differences(document, new)) == ["nothing changed"]
@@ -347,4 +391,5 @@ def test_a_difference_is_told(document):
     assert "pass → fail" in lines[1]
     assert next(iter(text.differences(new, document))).startswith("FIXED")
     new["checks"] = []
+    assert next(iter(text.differences(document, new))).startswith("NEW"), "what is left out may hide something"
     assert any("is not in the new report" in line for line in text.differences(document, new))

@@ -204,12 +204,14 @@ def differences(old: Document, new: Document) -> Iterable[str]:
         was, now = known["status"], check["status"]
         text = f"{name} {check['title']}: {was} → {now}"
         if was != now:
-            key = "NEW" if now in bad and was not in bad else "FIXED" if was in bad and now not in bad else "CHANGED"
+            worse = now in bad or (was == "pass" and now == "waived")
+            key = "NEW" if worse and was not in bad else "FIXED" if was in bad and now not in bad else "CHANGED"
             groups[key].append(text)
         elif (known["observed"], known["exercised"]) != (check["observed"], check["exercised"]):
             seen = check["observed"] or check["exercised"]
             groups["OTHER EVIDENCE"].append(f"{name} {check['title']}: {seen}")
-    groups["CHANGED"] += [f"{name} is not in the new report" for name in before if name not in after]
+    # A check that is left out hides whatever it would have found.
+    groups["NEW"] += [f"{name} is not in the new report" for name in before if name not in after]
     for title, lines in groups.items():
         if lines:
             yield f"{title} ({len(lines)})"

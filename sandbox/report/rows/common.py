@@ -39,15 +39,12 @@ def absent(what: str, observed: str, why: str) -> Fact:
 def rlimit(facts: Facts, name: str) -> Iterator[Fact]:
     """A resource limit of every process: at most what was promised, an app may lower it."""
     wanted = next(limit for limit in facts.spec.policy.rlimits if limit.name == name)
-    worst: tuple[int, int] | None = None
-    for _, found in verify.living(facts.subject, observe.rlimits):
-        soft, hard = found[name]
-        if worst is None or not 0 <= hard <= worst[1]:
-            worst = (soft, hard)
-    if worst is None:
+    hard = [found[name][1] for _, found in verify.living(facts.subject, observe.rlimits)]
+    if not hard:
         raise HostError("no process to examine.")
-    holds = 0 <= worst[1] <= wanted.hard
-    yield kernel(f"RLIMIT_{name}", wanted.hard, "unlimited" if worst[1] < 0 else worst[1], holds=holds)
+    worst = -1 if min(hard) < 0 else max(hard)
+    holds = 0 <= worst <= wanted.hard
+    yield kernel(f"RLIMIT_{name}", wanted.hard, "unlimited" if worst < 0 else worst, holds=holds)
 
 
 def read_host(path: str) -> str | None:
@@ -81,6 +78,8 @@ def measured(facts: Facts, key: str) -> Any:
 
 def network(facts: Facts, row: str) -> Iterator[Fact]:
     """Attempts over the network: nobody may have seen them, and the kernel must have counted them."""
+    if facts.attempts is not None and facts.record.place is not None and row not in facts.measured:
+        yield Fact(Tier.NETWORK, "packets", "nobody sees them", "none was sent", None, "no packet was sent")
     for attempt in measured(facts, row) or ():
         seen, denied, rule = attempt["seen"], attempt["denied"], attempt["rule"]
         promised = f"nobody sees it, counted as {rule}"

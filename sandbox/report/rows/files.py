@@ -35,7 +35,12 @@ def _propagation(facts: Facts) -> Iterator[Fact]:
 
 def _nodes(facts: Facts) -> Iterator[Fact]:
     """Through the dyno's own root: /dev is a tmpfs of ours, on which the app can make nothing."""
-    own = {name: os.lstat(f"/proc/{facts.pid}/root/dev/{name}") for name in os.listdir(f"/proc/{facts.pid}/root/dev")}
+    base, own = f"/proc/{facts.pid}/root/dev", {}
+    for folder, folders, names in os.walk(base):
+        if folder == base:
+            folders[:] = [name for name in folders if name not in ("pts", "shm", "mqueue")]
+        for name in (*folders, *names):
+            own[f"{folder}/{name}".removeprefix(f"{base}/")] = os.lstat(f"{folder}/{name}")
     wanted = {name: (major, minor) for name, major, minor in plan.DEVICES}
     if facts.spec.tty:
         wanted["console"] = (136, 0)
@@ -315,7 +320,7 @@ ROWS = (
         clause=Clause.MOUNTS),
     Row("FS-10", Area.FILES, "no kernel addresses", "The kernel's layout, which exploits need, is hidden.", MODERATE,
         "ATT&CK:T1082", _FIX, _NONE, accepts=("empty", "zeros", "EACCES", "EPERM", "ENOENT"), clause=Clause.MOUNTS),
-    Row("FS-11", Area.FILES, "no view of the host and its neighbours", "This app cannot watch the host's activity.",
+    Row("FS-11", Area.FILES, "no view of the host's devices", "This app cannot watch the host's disks, interrupts, locks and hardware (totals: IDN-04).",
         MODERATE, "ATT&CK:T1082 CVE-2020-8694", _FIX, _NONE,
         accepts=("empty", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR"), clause=Clause.MOUNTS),
     Row("FS-12", Area.FILES, "no host paths in its mount table", "Where its files lie on the host is not told.", MINOR, "",

@@ -77,7 +77,9 @@ def _variables(facts: Facts) -> list[str]:
 
 def _co_residence(_: Facts) -> Iterator[Fact]:
     yield absent(
-        "boot_id and load averages in the policy", "shown", "not promised: two apps can find out that they share a host"
+        "boot_id, and totals of load, memory and processes, in the policy",
+        "shown",
+        "not promised: two apps can find out that they share a host",
     )
 
 

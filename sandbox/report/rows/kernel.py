@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from sandbox.host import observe
 from sandbox.policy.clauses import Clause
+from sandbox.policy.seccomp import NETLINK
 from sandbox.report.facts import Facts
 from sandbox.report.model import CRITICAL, MINOR, MODERATE, SERIOUS, SEVERE, Area, Fact, Row
 from sandbox.report.rows.common import absent, calls, host, kernel, measured, read_host, twin
@@ -23,7 +24,7 @@ def _namespaces(facts: Facts) -> Iterator[Fact]:
         Clause.NAMESPACES,
         lambda: " ".join(f"{kind}:{observe.namespace(facts.pid, kind)}" for kind in kinds),
     )
-    for other in facts.others:
+    for other in facts.living_others():
         same = [kind for kind in kinds if observe.namespace(facts.pid, kind) == observe.namespace(other.pid, kind)]
         yield kernel(f"shared with {other.name}", "none", ", ".join(same) or "none", holds=not same)
 
@@ -50,14 +51,13 @@ def _owners(facts: Facts) -> Iterator[Fact]:
     mine = observe.namespace(facts.pid, "user")
     ours = observe.namespace("self", "user")
     for kind, owner in inside.namespace_owners(facts.pid).items():
-        who = "the host's user namespace" if owner == ours and mine != ours else "its own user namespace"
-        if mine == ours:
-            who = "the host's user namespace"
+        names = {mine: "its own user namespace", ours: "the host's user namespace"}
+        who = names.get(owner, f"another user namespace, {owner}")
         yield kernel(f"owner of its {kind} namespace", "the host's user namespace", who, holds=owner == ours)
 
 
 def _owned_by_itself(facts: Facts, fact: Fact) -> str:
-    if not facts.record.user_namespace:
+    if not facts.record.user_namespace or fact.observed != "its own user namespace":
         return ""
     return (
         f"{facts.record.runtime} makes the user namespace first, so it owns the others; kept by: no capability "
@@ -71,9 +71,17 @@ def _label(facts: Facts) -> Iterator[Fact]:
     if not active:
         yield absent("/sys/kernel/security/lsm", modules or "no such file", "this kernel runs no labelling module")
         return
-    label = read_host(f"/proc/{facts.pid}/attr/current") or ""
-    confined = label not in ("", "unconfined", "kernel")
-    yield kernel(f"{active[0]} label, read back after exec", "a profile", label or "none", holds=confined)
+    label = (read_host(f"/proc/{facts.pid}/attr/current") or "").strip("\0 ")
+    yield kernel(
+        f"{active[0]} label, read back after exec", "a profile in force", label or "none", holds=confines(label)
+    )
+
+
+def confines(label: str) -> bool:
+    """Whether a label is of a profile that is enforced: AppArmor says the mode, SELinux has a type for no confinement."""
+    words = label.lower()
+    loose = ("unconfined", "(complain)", "spc_t", "kernel_t", "init_t")
+    return bool(words) and words != "kernel" and not any(word in words for word in loose)
 
 
 def _aio(facts: Facts) -> Iterator[Fact]:
@@ -85,26 +93,35 @@ def _aio(facts: Facts) -> Iterator[Fact]:
 # Escapes that were fixed in the kernel: what they need, and the wall that stands before it whatever the version.
 _HOLES = (
     ("CVE-2022-0847", (5, 17), "a pipe and a readable file", ""),
-    ("CVE-2022-0492", (5, 17), "cgroup v1 and a namespace", "KRN-01, FS-28"),
-    ("CVE-2024-1086", (6, 8), "nf_tables", "KRN-01, NET-13"),
-    ("CVE-2025-21756", (6, 14), "vsock sockets", "NET-27"),
+    ("CVE-2022-0492", (5, 17), "cgroup v1 and a namespace", "unshare"),
+    ("CVE-2024-1086", (6, 8), "nf_tables", "netlink"),
+    ("CVE-2025-21756", (6, 14), "vsock sockets", "vsock"),
     ("CVE-2025-38236", (6, 16), "MSG_OOB on Unix sockets", ""),
 )
 
 
 def _holes(facts: Facts) -> Iterator[Fact]:
     """Upstream versions, as of 2026-11; a distribution may have backported a fix without changing the number."""
-    yield from known_holes(os.uname().release)
+    doors = {
+        "unshare": ("unshare", (0x10000000,)),
+        "netlink": ("socket", (NETLINK, 3, 12)),
+        "vsock": ("socket", (40, 1, 0)),
+    }
+    shut = {
+        name for name, call in doors.items() if not facts.filter.verdict(*call).startswith(("ALLOW", "LOG", "TRACE"))
+    }
+    yield from known_holes(os.uname().release, frozenset(shut))
 
 
-def known_holes(release: str) -> Iterator[Fact]:
-    """What is known to be open in that release."""
+def known_holes(release: str, shut: frozenset[str] = frozenset()) -> Iterator[Fact]:
+    """What is known to be open in that release, for a dyno whose filter has ``shut`` these doors."""
     version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
-    for name, fixed, needs, walls in _HOLES:
+    for name, fixed, needs, door in _HOLES:
         new = version >= fixed
         text = f"Linux {release}, fixed in {fixed[0]}.{fixed[1]}; needs {needs}"
-        if new or walls:
-            yield host(name, "fixed, or out of reach", text + (f", closed by {walls}" if walls else ""), holds=True)
+        if new or door in shut:
+            closed = "" if new else ", closed by the filter"
+            yield host(name, "fixed, or out of reach", text + closed, holds=True)
         else:
             old = version < (5, 10)  # no distribution keeps these up any more
             why = "only the distribution knows whether it backported the fix"
@@ -119,7 +136,9 @@ def _processor(_: Facts) -> Iterator[Fact]:
     for name in sorted(os.listdir(folder)):
         said = read_host(f"{folder}/{name}") or ""
         if name != "old_microcode":
-            yield host(name, "not affected, or mitigated", said[:70], holds="Vulnerable" not in said)
+            known = said.startswith(("Not affected", "Mitigation"))
+            holds = "vulnerable" not in said.lower() and (True if known else None)
+            yield host(name, "not affected, or mitigated", said[:70], holds=holds, why="the kernel does not know")
 
 
 def _open_processor(facts: Facts, fact: Fact) -> str:

@@ -15,6 +15,7 @@ _FIX = "the next start repairs the wall; `sandbox firewall show` says what is mi
 _NONE = "none for web apps"
 _RANGES = frozenset((Reason.PRIVATE, Reason.SHARED, Reason.LINK_LOCAL, Reason.RESERVED))
 _FAMILIES = tuple(n for n in range(46) if n not in (1, 2, 10, 16))
+ROUTED = "its packets pass the router"
 _LOOKUP = "meta mark set ip daddr map @deny4 goto deny"
 
 
@@ -53,12 +54,20 @@ def _own_wall(facts: Facts, what: str, text: str) -> Iterator[Fact]:
     yield _rule(facts, what, text)
 
 
+def _extra(facts: Facts, *sets: str) -> Iterator[Fact]:
+    """What the router's sets hold for this dyno beyond what it was given: each element is a right."""
+    extra = [item for item in facts.wall.extra if item.partition(" ")[0] in sets]
+    yield kernel(
+        f"rights in {', '.join(sets)} that it was not given", "none", "; ".join(extra[:3]) or "none", holds=not extra
+    )
+
+
 def _itself(facts: Facts) -> Iterator[Fact]:
     """Only of the dyno's packets: whoever is not behind its link is met by none of these rules."""
     # An element that is missing in the router takes rights away, or is a row of its own; it opens no other way.
     other = [seen for promised, seen in facts.wall.differences if not promised.startswith("known to the router")]
     walled = facts.record.place is not None and not other
-    yield kernel("its packets pass the router", "all of them", "yes" if walled else "no", holds=walled)
+    yield kernel(ROUTED, "all of them", "yes" if walled else "no", holds=walled)
 
 
 def _others(facts: Facts) -> Iterator[Fact]:
@@ -68,8 +77,7 @@ def _others(facts: Facts) -> Iterator[Fact]:
             yield kernel(
                 f"{other.name} at {other.place.address}", "denied", "denied" if covered else "open", holds=covered
             )
-    pool = facts.config.pool.partition("/")[0]
-    covered = facts.wall.covers(pool)
+    covered = facts.wall.covers_all(facts.config.pool)
     yield kernel("the dynos' addresses", "denied", "denied" if covered else "open", holds=covered)
     yield from network(facts, "NET-03")
     yield from _own_wall(facts, "other apps", _LOOKUP)
@@ -80,6 +88,7 @@ def _metadata(facts: Facts) -> Iterator[Fact]:
     yield kernel(
         "the clouds' metadata addresses", "denied", ", ".join(open_) or f"all {len(METADATA)} denied", holds=not open_
     )
+    yield from _extra(facts, "permit4")
     yield from network(facts, "NET-04")
     yield from _own_wall(facts, "metadata services", _LOOKUP)
 
@@ -92,6 +101,7 @@ def _private(facts: Facts) -> Iterator[Fact]:
         ", ".join(missing) or "all denied",
         holds=not missing,
     )
+    yield from _extra(facts, "permit4")
     yield from network(facts, "NET-05")
     yield from _own_wall(facts, "private networks", _LOOKUP)
 
@@ -114,6 +124,7 @@ def _ipv6(facts: Facts) -> Iterator[Fact]:
 def _spoof(facts: Facts) -> Iterator[Fact]:
     there = facts.wall.members.get("source", False)
     yield kernel("its own address in the set of senders", "there", "there" if there else "missing", holds=there)
+    yield from _extra(facts, "src4")
     yield from network(facts, "NET-08")
     yield from _own_wall(facts, "false senders", "iifname . ip saddr != @src4 meta mark set 0x00000010 goto deny")
 
@@ -137,6 +148,7 @@ def _inbound(facts: Facts) -> Iterator[Fact]:
         yield kernel(
             "the way in for this host", f"port {facts.record.port} only", "set" if there else "missing", holds=there
         )
+    yield from _extra(facts, "inbound4", "reply4")
     yield from said(facts, "NET-17")
     yield from _itself(facts)
 
@@ -146,12 +158,8 @@ def _names(facts: Facts) -> Iterator[Fact]:
     from sandbox.firewall.layout import Layout
 
     alive = router.guarded(Layout(facts.config))
-    yield kernel(
-        "who answers names",
-        "the guard's resolver",
-        "the guard's resolver" if alive else "nobody: names do not resolve",
-        holds=True,
-    )
+    who = "the guard's resolver" if alive else "nobody: names do not resolve"
+    yield kernel("who answers names", "the guard's resolver", who, holds=True if alive else None, why=who)
     yield from network(facts, "NET-19")
     yield from said(facts, "NET-19-names")
     yield from _itself(facts)
@@ -165,6 +173,7 @@ def _smtp(facts: Facts) -> Iterator[Fact]:
     if facts.spec.policy.egress.smtp:
         yield absent("egress of the policy", "smtp", "this app asked for port 25")
         return
+    yield from _extra(facts, "smtp")
     yield from network(facts, "NET-21")
     yield from _own_wall(facts, "mail", "tcp dport 25 iifname != @smtp meta mark set 0x00000013 goto deny")
 
@@ -238,7 +247,9 @@ def _none_mode(facts: Facts) -> Iterator[Fact]:
         Mode.NONE: "meta mark set 0x00000015 goto deny",
     }[mode]
     yield _rule(facts, f"what egress {mode.value} does not allow", rule)
-    yield from network(facts, "NET-30")
+    yield from _extra(facts, "public", "allowing", "allow4", "named4", "permit4", "resolve", "policed")
+    if mode is not Mode.PUBLIC:
+        yield from network(facts, "NET-30")
     yield from _itself(facts)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 
 from sandbox.dyno import verify
 from sandbox.errors import HostError
 from sandbox.host import observe
+from sandbox.host.cgroup import Cgroup
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
 from sandbox.report.facts import Facts
@@ -35,7 +37,7 @@ def _uid(facts: Facts) -> Iterator[Fact]:
 def _user_namespace(facts: Facts) -> Iterator[Fact]:
     mine, ours = observe.namespace(facts.pid, "user"), observe.namespace("self", "user")
     yield kernel("user namespace", "not the host's", "the host's" if mine == ours else mine, holds=mine != ours)
-    for other in facts.others:
+    for other in facts.living_others():
         theirs = observe.namespace(other.pid, "user")
         yield kernel(f"against {other.name}", "another", "the same" if theirs == mine else theirs, holds=theirs != mine)
 
@@ -83,6 +85,10 @@ def _entered(facts: Facts) -> Iterator[Fact]:
         return
     strangers = []
     least = min(thread.seccomp_filters for thread in facts.threads if thread.tid == facts.pid)
+    if least < 0:
+        yield kernel(
+            "filters of each thread", "at least init's", "not said", holds=None, why="the kernel is older than 5.9"
+        )
     known = set(facts.pids)
     for pid, parent in verify.living(facts.subject, observe.parent):
         if pid != facts.pid and parent not in known and observe.alive(pid):
@@ -132,12 +138,13 @@ def _daemon(facts: Facts) -> Iterator[Fact]:
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) not in inside:
             try:
-                if observe.namespace(int(name), "pid") == mine and not observe.ended(int(name)):
+                if observe.namespace(int(name), "pid") != mine or observe.ended(int(name)):
+                    continue
+                # Its own word for where it is: a child that was forked meanwhile is in the cgroup all the same.
+                if Cgroup.of(int(name)).paths != facts.cgroup.paths:
                     outside.append(name)
             except HostError:
                 continue
-    # A child that was forked between the two looks is in the cgroup by now.
-    outside = [name for name in outside if int(name) not in facts.cgroup.pids()]
     yield kernel(
         "processes of its namespace outside of its cgroup", "none", ", ".join(outside[:5]) or "none", holds=not outside
     )
@@ -165,32 +172,62 @@ def _terminals(facts: Facts) -> Iterator[Fact]:
     yield kernel("standard descriptors on a terminal of the host", "none", ", ".join(tty) or "none", holds=not tty)
 
 
+_NO_FILE = ("pipe:[", "socket:[", "anon_inode:")
+_MQUEUE_MAGIC = 0x19800202  # linux/magic.h
+_MOST_DESCRIPTORS = 20_000
+
+
 def _descriptors(facts: Facts) -> Iterator[Fact]:
-    """Of each process: what it holds must lie on the dyno's own mounts, or be of no file system at all."""
+    """Of each process: what it holds must lie on the dyno's own mounts, or lead to no file at all."""
     own = {line.mount_id for line in facts.mounts} if not facts.is_itself else set()
-    null, strange = os.makedev(1, 3), []
-    for pid, held in verify.living(facts.subject, observe.descriptors):
-        for fd, what in held.items():
-            if not what.startswith("/"):
-                continue  # pipes, sockets, events: nothing that leads to a file
-            try:
-                # The null device of the shim, wherever it was opened, leads nowhere either.
-                if os.stat(f"/proc/{pid}/fd/{fd}").st_rdev == null or observe.mount_of(f"/proc/{pid}/fd/{fd}") in own:
-                    continue
-            except OSError:
-                continue  # closed meanwhile
-            strange.append(f"{pid}: {fd} {what}")
+    memory = os.memfd_create("sandbox", os.MFD_CLOEXEC)
+    try:
+        # Files without a place: of memory, and of message queues, which belong to its own IPC namespace (KRN-06).
+        nowhere, count, strange = os.fstat(memory).st_dev, 0, []
+        for pid, threads in verify.living(facts.subject, observe.tables):
+            for thread in threads:
+                held = observe.descriptors(thread)
+                count += len(held)
+                if count > _MOST_DESCRIPTORS:
+                    raise HostError(f"it holds more than {_MOST_DESCRIPTORS} descriptors: not all were examined.")
+                seen = {what: fd for fd, what in held.items() if not what.startswith(_NO_FILE)}
+                strange += [
+                    f"{pid}: {fd} {what}"
+                    for what, fd in seen.items()
+                    if _leads_out(f"/proc/{thread}/fd/{fd}", own, nowhere)
+                ]
+    finally:
+        os.close(memory)
     yield kernel(
-        "descriptors on file systems that are not the dyno's", "none", "; ".join(strange[:3]) or "none",
+        "descriptors on file systems that are not the dyno's",
+        "none",
+        "; ".join(strange[:3]) or "none",
         holds=not strange,
-    )  # fmt: skip
+    )
     if not facts.is_itself:
         yield from _at_the_gate(facts)
 
 
+def _leads_out(path: str, own: set[int], nowhere: int) -> bool:
+    try:
+        status = os.stat(path)
+        # The null device of the shim, wherever it was opened, leads nowhere either.
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3):
+            return False
+        if observe.mount_of(path) in own:
+            return False
+        return status.st_dev != nowhere and observe.file_system(path) != _MQUEUE_MAGIC
+    except OSError:
+        return False  # closed meanwhile
+
+
 def _at_the_gate(facts: Facts) -> Iterator[Fact]:
     known = ("pipe:[", "socket:[", "/dev/null", "/run/gate/fifo", "/dev/pts/")
-    extra = [item for item in facts.record.descriptors if not item.partition(": ")[2].startswith(known)]
+    extra = []
+    for item in facts.record.descriptors:
+        head, _, what = item.partition(": ")
+        if not what.startswith(known) or (int(head.split()[1]) > 2 and what != "/run/gate/fifo"):
+            extra.append(item)
     yield kernel(
         "descriptors at its start", "its input and output, and the gate", "; ".join(extra[:3]) or "these only",
         holds=not extra,
@@ -210,7 +247,9 @@ def _core(facts: Facts) -> Iterator[Fact]:
     yield from rlimit(facts, "CORE")
     pattern = read_host("/proc/sys/kernel/core_pattern") or ""
     # For a pipe the kernel ignores a limit of 0 and starts the helper as root, with a core the app wrote.
-    yield host("kernel.core_pattern", "no pipe", pattern[:60], holds=not pattern.startswith("|"))
+    # "@" names a socket of a collector, since Linux 6.16; what it gets is the app's memory, too.
+    holds = not pattern.startswith(("|", "@")) if pattern else None
+    yield host("kernel.core_pattern", "no helper", pattern[:60], holds=holds, why="the kernel does not say")
 
 
 def _unkillable(facts: Facts) -> Iterator[Fact]:

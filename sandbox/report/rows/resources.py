@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sandbox.policy.clauses import Clause
 from sandbox.report.facts import Facts
 from sandbox.report.model import MINOR, MODERATE, SERIOUS, Area, Fact, Row
-from sandbox.report.rows.common import absent, counted, host, kernel, measured, network, read_host, rlimit, switch, twin
+from sandbox.report.rows.common import absent, counted, host, kernel, measured, read_host, rlimit, switch, twin
 from sandbox.units import format_bytes
 
 _FIX = "restart the dyno; if it comes back, `sandbox doctor`"
@@ -177,7 +177,6 @@ def _flows(facts: Facts) -> Iterator[Fact]:
     yield kernel(
         "the rule that counts flows", "there", "there" if rule in wall.rules else "missing", holds=rule in wall.rules
     )
-    yield from network(facts, "RES-17")
 
 
 def _source_ports(facts: Facts) -> Iterator[Fact]:
