@@ -13,6 +13,10 @@ from sandbox.report.model import CRITICAL, Control, Fact, Result, Row, Status, T
 _WORDS = ((0.0, "PERFECT"), (1.0, "SAFE"), (5.0, "OK"), (7.5, "MEDIUM"), (9.0, "EXPOSED"), (10.0, "UNSAFE"))
 
 
+# Of a live dyno: nothing was read for the row, and nothing went wrong.
+NOT_TRIED = "not tried: only a twin can show it (sandbox report --full)"
+
+
 class Score(NamedTuple):
     """``exposure``: 0 to 10, rounded up. ``proof_coverage``: 0 to 1, by weight."""
 
@@ -65,7 +69,7 @@ def conclude(row: Row, found: list[Fact], about: Facts) -> Result:
         return Result(row, Status.PASS, facts)
     if found:
         return Result(row, Status.NOT_APPLICABLE, facts, found[0].why)
-    return Result(row, Status.UNPROVEN, facts, "not tried: only a twin can show it (sandbox report --full)")
+    return Result(row, Status.UNPROVEN, facts, NOT_TRIED)
 
 
 def control(result: Result, controls: Mapping[str, Control]) -> Result:

@@ -78,7 +78,8 @@ class Proof(NamedTuple):
 def _from_twin(result: Result, proof: Proof) -> Result:
     """A row that only a twin can show: with the twin's evidence, and its age."""
     known = proof.results.get(result.row.id)
-    if result.facts or known is None:
+    # What could not be read of this dyno is not made up for by another.
+    if known is None or result.status is not Status.UNPROVEN or result.reason != judge.NOT_TRIED:
         return result
     return known._replace(reason=known.reason or f"shown by a twin of this policy, {proof.at}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 from sandbox.dyno import verify
 from sandbox.errors import HostError
@@ -133,21 +134,27 @@ def _processes(facts: Facts) -> Iterator[Fact]:
 
 def _daemon(facts: Facts) -> Iterator[Fact]:
     """Whoever is in the dyno's process namespace must be in its cgroup, however it was started."""
-    mine, inside = observe.namespace(facts.pid, "pid"), set(facts.pids)
-    outside = []
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) not in inside:
-            try:
-                if observe.namespace(int(name), "pid") != mine or observe.ended(int(name)):
-                    continue
-                # Its own word for where it is: a child that was forked meanwhile is in the cgroup all the same.
-                if Cgroup.of(int(name)).paths != facts.cgroup.paths:
-                    outside.append(name)
-            except HostError:
-                continue
+    outside = _strays(facts, (name for name in os.listdir("/proc") if name.isdigit()))
+    if outside:
+        # One that was forked or ends at this moment is in no cgroup; who still is in none a moment later is outside.
+        time.sleep(0.05)
+        outside = _strays(facts, outside)
     yield kernel(
         "processes of its namespace outside of its cgroup", "none", ", ".join(outside[:5]) or "none", holds=not outside
     )
+
+
+def _strays(facts: Facts, names: Iterable[str]) -> list[str]:
+    mine = observe.namespace(facts.pid, "pid")
+    found = []
+    for name in names:
+        try:
+            inside = observe.namespace(int(name), "pid") == mine
+            if inside and Cgroup.of(int(name)).paths != facts.cgroup.paths and not observe.ended(int(name)):
+                found.append(name)
+        except HostError:
+            continue
+    return found
 
 
 def _zombies(facts: Facts) -> Iterator[Fact]:
