@@ -25,17 +25,7 @@ def command(context: Context, *, as_json: bool) -> int:
     found = list(doctor.examine(context.config))
     counts = doctor.summary(found)
     if as_json:
-        rows = [
-            {
-                "topic": f.topic,
-                "verdict": f.verdict.value,
-                "statement": f.statement,
-                "evidence": f.evidence,
-                "mend": f.mend,
-            }
-            for f in found
-        ]
-        click.echo(json.dumps({"host": doctor.host_facts(), "summary": counts, "findings": rows}, indent=2))
+        click.echo(json.dumps(doctor.document(found), indent=2))
     else:
         topic = ""
         for finding in sorted(found, key=lambda f: [g.topic for g in found].index(f.topic)):

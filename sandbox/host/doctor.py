@@ -60,7 +60,8 @@ _SWITCHES = (
     ("kernel/randomize_va_space", {"2"}, "address randomisation"),
     ("kernel/sysrq", {"0"}, "kernel control from a keyboard or /proc"),
 )
-# Fixed upstream in these versions; a distribution may have backported a fix without changing the number.
+# As of 2026-11, from the projects' security advisories. Fixed upstream in these versions; a distribution may have
+# backported a fix without changing the number.
 _RUNC_FIXES = (
     ((1, 1, 12), "CVE-2024-21626 (leaked descriptor)"),
     ((1, 2, 8), "CVE-2025-31133, CVE-2025-52565, CVE-2025-52881 (masks and redirected /proc writes)"),
@@ -415,3 +416,9 @@ def host_facts() -> dict[str, object]:
         "memory_bytes": host.memory_bytes,
         "swap": host.swap,
     }
+
+
+def document(found: list[Finding]) -> dict[str, object]:
+    """The findings and what they are about, as JSON."""
+    rows = [{**finding._asdict(), "verdict": finding.verdict.value} for finding in found]
+    return {"host": host_facts(), "summary": summary(found), "findings": rows}

@@ -26,7 +26,16 @@ class Score(NamedTuple):
 
 
 def examine(row: Row, facts: Facts) -> Result:
-    """What the row's evidence says. An exception is an error of ours, unreadable evidence is unproven."""
+    """What the row's evidence says; of a clause that the operator waived, only that it holds all the same."""
+    result = _examine(row, facts)
+    if row.clause in facts.record.spec.policy.waived and result.status not in (Status.PASS, Status.NOT_APPLICABLE):
+        reason = f"the operator waived it for this dyno: --waive {row.clause.value}"
+        return result._replace(status=Status.WAIVED, reason=reason)
+    return result
+
+
+def _examine(row: Row, facts: Facts) -> Result:
+    """An exception is an error of ours, unreadable evidence is unproven."""
     found: list[Fact] = []
     try:
         found += facts.tried(row)
@@ -43,8 +52,6 @@ def examine(row: Row, facts: Facts) -> Result:
 
 def _lacks(row: Row, facts: Facts, open_: list[Fact]) -> str:
     """Why everything that is open here is known and accepted; an empty text when one thing is not."""
-    if row.clause in facts.record.spec.policy.waived:
-        return f"the operator waived it for this dyno: --waive {row.clause.value}"
     if row.lacks is None:
         return ""
     reasons = [row.lacks(facts, fact) for fact in open_]

@@ -271,21 +271,9 @@ def _proof(config: Config, policy: Policy, engine: str, runtime: str, stack: str
 
 def host(config: Config) -> dict[str, Any]:
     """The host's section: what `sandbox doctor --json` says."""
-    found = list(doctor.examine(config))
-    return {
-        **doctor.host_facts(),
-        "summary": doctor.summary(found),
-        "findings": [
-            {
-                "topic": f.topic,
-                "verdict": f.verdict.value,
-                "statement": f.statement,
-                "evidence": f.evidence,
-                "mend": f.mend,
-            }
-            for f in found
-        ],
-    }
+    found = doctor.document(list(doctor.examine(config)))
+    facts = found.pop("host")
+    return {**found, **(facts if isinstance(facts, dict) else {})}
 
 
 def finish(config: Config, made: Made, *, with_host: bool = True) -> Document:

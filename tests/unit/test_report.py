@@ -90,6 +90,17 @@ def test_what_is_known_to_be_open_hides_nothing_else():
     assert result.status is Status.FAIL
 
 
+@pytest.mark.parametrize("what", [fact(False), fact(None, "why"), HostError("unreadable")])
+def test_a_waived_clause_is_waived_whatever_is_seen_and_passes_only_when_it_holds(what):
+    from sandbox.policy.clauses import Clause
+
+    facts = () if isinstance(what, HostError) else (what,)
+    broken = what if isinstance(what, HostError) else None
+    entry = row(*facts, broken=broken)._replace(clause=Clause.CPU)
+    assert judge.examine(entry, Facts(waived=(Clause.CPU,))).status is Status.WAIVED
+    assert judge.examine(row(fact(True))._replace(clause=Clause.CPU), Facts(waived=(Clause.CPU,))).status is Status.PASS
+
+
 def test_a_pass_without_a_control_is_unproven():
     result = judge.examine(row(fact(True)), Facts())
     assert judge.control(result, {}).status is Status.UNPROVEN
