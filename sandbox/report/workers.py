@@ -135,12 +135,9 @@ def _whole(twin: Twin, place: Stage, config: Config, home: Config, begin: float)
     contexts = session.aio()
     attempts = session.quick(twin, home)
     measured: Json = {"aio": (contexts, session.aio())}
-    # Before anything is used up: the state of a dyno as it runs.
-    early = twin.facts(attempts, measured, rows.CALLS)
-    _ = early.filter, early.threads, early.mounts
-    measured |= {"LOG-06": packets.logged(twin, config)} if twin.record.place else {}
-    measured |= packets.network(twin, place, config)
-    measured |= packets.names(twin) if twin.record.place else {}
+    if twin.record.place:
+        measured["LOG-06"] = packets.logged(twin, config)
+        measured |= packets.names(twin, lambda: measured.update(packets.network(twin, place, config)))
     if cut := packets.changed(twin, place, config):
         measured["NET-23"] = cut
     answers, used = usage.limits(twin)
