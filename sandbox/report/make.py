@@ -62,7 +62,8 @@ def live(config: Config, record: Record, *, mode: str = "live", common: wall.Sha
 
 
 def _ended(result: Result) -> Result:
-    if result.status in (Status.PASS, Status.ERROR):
+    """Of a dyno that is gone nothing can be said: half of its state was taken down while it was read."""
+    if result.status in (Status.PASS, Status.ERROR, Status.FAIL):
         return result._replace(status=Status.UNPROVEN, reason="the dyno ended while it was examined")
     return result
 
