@@ -93,7 +93,8 @@ def host_ipc() -> None:
 
 def host_net() -> None:
     _edit_oci(lambda c: c["linux"].update(namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "network"]))
-    _edit_docker(lambda h, _: h.update(NetworkMode="host"))
+    # The host's own switches are no container's to set.
+    _edit_docker(lambda h, _: (h.update(NetworkMode="host"), h.pop("Sysctls")))
 
 
 def host_uts() -> None:

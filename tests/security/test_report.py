@@ -384,15 +384,15 @@ def test_bad_input_says_what_to_do(sandbox, words, says):
 
 def test_no_twin_can_be_made_on_a_full_disk(sandbox, home, tmp_path):
     """The state directory is on a file system without room for a dyno's disk."""
-    small = home / "small"
+    small = home / "tight"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(small)], check=True)
     try:
         state = small / "state"
         state.mkdir()
         (state / "stack").symlink_to(os.environ.get("SANDBOX_STATE_DIR", "/var/lib/sandbox") + "/stack")
-        broken = Instance(state, home / "small-run", "", sandbox.world, "10.201.0.0/20")
-        (home / "small-run").mkdir()
+        broken = Instance(state, home / "tight-run", "", sandbox.world, "10.201.0.0/20")
+        (home / "tight-run").mkdir()
         done = broken("report", str(EXAMPLES / "shell"))
         assert done.status == 3, done
         assert "no twin could be examined" in done.err

@@ -149,8 +149,11 @@ def _strays(facts: Facts, names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         try:
-            inside = observe.namespace(int(name), "pid") == mine
-            if inside and Cgroup.of(int(name)).paths != facts.cgroup.paths and not observe.ended(int(name)):
+            # A first thread that has ended is in no cgroup any more, its others are.
+            thread = observe.living_thread(int(name))
+            if thread is None or observe.namespace(thread, "pid") != mine:
+                continue
+            if Cgroup.of(thread).paths != facts.cgroup.paths and observe.living_thread(int(name)) == thread:
                 found.append(name)
         except HostError:
             continue
