@@ -102,18 +102,19 @@ def make_command(context: Context, /, what: tuple[str, ...], *, every: bool, **o
 def _many(context: Context, names: tuple[str, ...], options: dict[str, Any]) -> int:
     """Several live dynos: what they have in common is read once; each gets a report of its own, and a line here."""
     from sandbox.dyno import record as records
-    from sandbox.report import make, seal, wall
+    from sandbox.report import make, seal
+    from sandbox.report.surroundings import Surroundings
 
     config = context.config
     config.make_folders()
-    chosen = [records.find(config, name) for name in names] if names else records.live(config)
+    around = Surroundings(config)
+    chosen = [records.find(config, name) for name in names] if names else around.living
     if not chosen:
         say("No dyno lives here.")
         return 0
-    common = wall.shared(config) if any(record.place for record in chosen) else None
     worst = 0
     for record in chosen:
-        made = make.live(config, record, common=common)
+        made = make.live(config, record, around=around)
         document, path = seal.keep(config, make.finish(config, made, with_host=False))
         code = status(document, threshold=options["threshold"], strict=options["strict"])
         worst = max(worst, code)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
 from sandbox.config import Config
@@ -15,7 +16,7 @@ from sandbox.errors import HostError
 from sandbox.firewall import admit
 from sandbox.firewall.layout import Place
 from sandbox.host import observe
-from sandbox.host.cgroup import Cgroup, shares_to_weight
+from sandbox.host.cgroup import Cgroup, Limits, shares_to_weight
 from sandbox.host.observe import MountLine
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
@@ -39,8 +40,9 @@ class Difference(NamedTuple):
     observed: str
 
 
-class Subject(NamedTuple):
-    """The container under examination."""
+@dataclass(frozen=True)
+class Subject:
+    """The container under examination. What several clauses look at is read once."""
 
     spec: ContainerSpec
     user_namespace: bool
@@ -52,6 +54,24 @@ class Subject(NamedTuple):
     @property
     def init(self) -> int:
         return self.pids[0]
+
+    @cached_property
+    def threads(self) -> list[observe.Thread]:
+        """Every thread of every process: credentials and filters are per thread."""
+        return [thread for _, found in living(self, observe.threads) for thread in found]
+
+    @cached_property
+    def mounts(self) -> list[MountLine]:
+        return observe.mounts(self.init)
+
+    @cached_property
+    def limits(self) -> Limits:
+        return self.cgroup.limits()
+
+    @cached_property
+    def rlimits(self) -> list[dict[str, tuple[int, int]]]:
+        """The resource limits of every process."""
+        return [found for _, found in living(self, observe.rlimits)]
 
 
 def differences(subject: Subject) -> list[Difference]:
@@ -76,7 +96,7 @@ Check = Callable[[Subject], Iterator[tuple[str, str]]]
 def _uid(subject: Subject) -> Iterator[tuple[str, str]]:
     spec = subject.spec
     own = (spec.host_uid,) * 4
-    for thread in threads(subject):
+    for thread in subject.threads:
         if thread.uids != own or thread.gids != own:
             yield f"ids {spec.host_uid} only", f"thread {thread.tid}: uids {thread.uids}, gids {thread.gids}"
         if not set(thread.groups) <= {spec.host_uid}:
@@ -91,12 +111,6 @@ def _uid(subject: Subject) -> Iterator[tuple[str, str]]:
     for _, inode in living(subject, lambda pid: observe.namespace(pid, "user")):
         if inode == observe.namespace("self", "user"):
             yield "a user namespace of its own", "the host's"
-
-
-def threads(subject: Subject) -> Iterator[observe.Thread]:
-    """Every thread of every process: credentials and filters are per thread."""
-    for _, found in living(subject, observe.threads):
-        yield from found
 
 
 T = TypeVar("T")
@@ -123,20 +137,20 @@ def living(subject: Subject, read: Callable[[int], T]) -> Iterator[tuple[int, T]
 
 
 def _capabilities(subject: Subject) -> Iterator[tuple[str, str]]:
-    for thread in threads(subject):
+    for thread in subject.threads:
         held = {name: f"{value:#x}" for name, value in thread.capabilities.items() if value}
         if held:
             yield "no capability", f"thread {thread.tid}: {held}"
 
 
 def _no_new_privileges(subject: Subject) -> Iterator[tuple[str, str]]:
-    for thread in threads(subject):
+    for thread in subject.threads:
         if not thread.no_new_privileges:
             yield "no_new_privs is set", f"thread {thread.tid}: not set"
 
 
 def _seccomp(subject: Subject) -> Iterator[tuple[str, str]]:
-    for thread in threads(subject):
+    for thread in subject.threads:
         if thread.seccomp_mode != 2 or thread.seccomp_filters == 0:
             yield (
                 "a system-call filter",
@@ -164,9 +178,8 @@ def _network(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(subject: Subject) -> Iterator[tuple[str, str]]:
-    lines = observe.mounts(subject.init)
     by_target: dict[str, list[MountLine]] = {}
-    for line in lines:
+    for line in subject.mounts:
         by_target.setdefault(line.target, []).append(line)
         if line.propagation:
             yield f"{line.target} is private", line.propagation
@@ -235,7 +248,7 @@ def _masks(by_target: dict[str, list[MountLine]]) -> Iterator[tuple[str, str]]:
 
 
 def _devices(subject: Subject) -> Iterator[tuple[str, str]]:
-    devices = subject.cgroup.limits().devices
+    devices = subject.limits.devices
     if devices is None:
         yield "a device filter", "none that can be read"
     elif subject.cgroup.is_v2:
@@ -265,23 +278,23 @@ def _equal(what: str, promised: int, observed: int | None) -> Iterator[tuple[str
 
 
 def _memory(subject: Subject) -> Iterator[tuple[str, str]]:
-    policy, limits = subject.spec.policy, subject.cgroup.limits()
+    policy, limits = subject.spec.policy, subject.limits
     yield from _equal("memory limit", policy.memory_max_bytes, limits.memory_bytes)
     if not subject.cgroup.is_v2:
         yield from _equal("socket buffer limit", policy.tcp_max_bytes, limits.tcp_bytes)
 
 
 def _swap(subject: Subject) -> Iterator[tuple[str, str]]:
-    limits = subject.cgroup.limits()
+    limits = subject.limits
     yield from _equal("memory and swap limit", subject.spec.policy.memory_swap_max_bytes, limits.memory_swap_bytes)
 
 
 def _pids(subject: Subject) -> Iterator[tuple[str, str]]:
-    yield from _equal("process limit", subject.spec.policy.pids_max, subject.cgroup.limits().pids)
+    yield from _equal("process limit", subject.spec.policy.pids_max, subject.limits.pids)
 
 
 def _cpu(subject: Subject) -> Iterator[tuple[str, str]]:
-    policy, limits = subject.spec.policy, subject.cgroup.limits()
+    policy, limits = subject.spec.policy, subject.limits
     shares = shares_to_weight(policy.cpu_shares) if subject.cgroup.is_v2 else policy.cpu_shares
     yield from _equal("CPU weight", shares, limits.cpu_shares)
     if policy.cpu_quota_us:
@@ -290,7 +303,7 @@ def _cpu(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def _rlimits(subject: Subject) -> Iterator[tuple[str, str]]:
-    for _, observed in living(subject, observe.rlimits):
+    for observed in subject.rlimits:
         for limit in subject.spec.policy.rlimits:
             if observed.get(limit.name) != (limit.soft, limit.hard):
                 yield f"{limit.name} {limit.soft}:{limit.hard}", f"{observed.get(limit.name)}"

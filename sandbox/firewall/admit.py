@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv4Interface
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from sandbox.firewall import router, ruleset
 from sandbox.firewall.layout import GROUP, OTHER_MAC, ROUTER_MAC, TABLE, Layout, Place, link_name
 from sandbox.host import netns, nfnetlink
 from sandbox.host.netlink import IFF_NOARP, MAIN, Netlink
-from sandbox.host.nft import Nft, NftError, NoSuchTable
+from sandbox.host.nft import Nft, NftError, NoSuchTable, elements
 from sandbox.policy.egress import Egress
 from sandbox.policy.sizes import Traffic
 
@@ -138,7 +138,21 @@ def _own_side(net: Netlink, place: Place) -> None:
 
 def differences(config: Config, place: Place, pid: int) -> Iterator[tuple[str, str]]:
     """What is not as it should be, as (promised, observed): in the dyno's own namespace and in the router's table."""
+    yield from own_differences(place, pid)
     layout = Layout(config)
+    record = router.read_record(layout.record(place.address))
+    if record is None:
+        yield "a record of its place", "none"
+        return
+    with router.inside(layout):
+        nft = Nft()
+    for item in unknown(nft, router.record_elements(record)):
+        yield f"known to the router as {item.set} {item.key}", "unknown"
+    nft.close()
+
+
+def own_differences(place: Place, pid: int) -> Iterator[tuple[str, str]]:
+    """What is not as it should be in the dyno's own network namespace, as (promised, observed)."""
     with os_open(f"/proc/{pid}/ns/net") as fd, netns.entered(fd):
         net = Netlink()
         links = net.links()
@@ -157,22 +171,23 @@ def differences(config: Config, place: Place, pid: int) -> Iterator[tuple[str, s
         yield "a way to the router and no other", ", ".join(routes) or "none"
     if ipv6:
         yield "no IPv6 address but loopback's", ", ".join(ipv6)
-    record = router.read_record(layout.record(place.address))
-    if record is None:
-        yield "a record of its place", "none"
-        return
-    with router.inside(layout):
-        nft = Nft()
-    items = router.record_elements(record)
+
+
+def unknown(nft: Nft, items: Sequence[ruleset.Element]) -> list[ruleset.Element]:
+    """Which of those elements the router does not have: asked for all at once, and one by one when that fails."""
     try:
         nft.run("".join(_get(item) for item in items))
     except NftError:
-        for item in items:
-            try:
-                nft.run(_get(item))
-            except NftError:
-                yield f"known to the router as {item.set} {item.key}", "unknown"
-    nft.close()
+        return [item for item in items if not _has(nft, item)]
+    return []
+
+
+def _has(nft: Nft, item: ruleset.Element) -> bool:
+    try:
+        nft.run(_get(item))
+    except NftError:
+        return False
+    return True
 
 
 def _get(item: ruleset.Element) -> str:
@@ -262,9 +277,7 @@ def _named(nft: Nft, link: str) -> list[ruleset.Element]:
     """What names opened for that dyno."""
     found = []
     for item in nft.listing(f"set {ruleset.TABLE} named4"):
-        for element in item.get("set", {}).get("elem", []):
-            value = element.get("elem", {}).get("val", element) if isinstance(element, dict) else element
-            pair = value.get("concat", []) if isinstance(value, dict) else []
-            if pair and pair[0] == link:
-                found.append(ruleset.Element("named4", f'"{link}" . {IPv4Address(pair[1])}'))
+        for (owner, address), _ in elements(item):
+            if owner == link:
+                found.append(ruleset.Element("named4", f'"{link}" . {IPv4Address(address)}'))
     return found

@@ -8,7 +8,7 @@ from sandbox.config import Config
 from sandbox.firewall import router, ruleset
 from sandbox.firewall.guard import PROTOCOLS, rule_of
 from sandbox.firewall.layout import Layout
-from sandbox.host.nft import Nft
+from sandbox.host.nft import Nft, elements
 
 _NUMBERS = {name: number for number, name in PROTOCOLS.items()}
 
@@ -78,9 +78,6 @@ def _counters(nft: Nft, name: str) -> list[tuple[list[Any], int]]:
     """The keys and packet counts of a set of concatenated keys."""
     found = []
     for item in nft.listing(f"set {ruleset.TABLE} {name}", state=True):
-        for element in item.get("set", {}).get("elem", []):
-            body = element.get("elem", {})
-            key, counter = body.get("val", {}).get("concat"), body.get("counter", {})
-            if key:
-                found.append((key, int(counter.get("packets", 0))))
+        for key, body in elements(item):
+            found.append((key, int(body.get("counter", {}).get("packets", 0))))
     return found

@@ -148,7 +148,7 @@ class Guard:
         """Until SIGTERM, or until nobody has needed the router for a minute."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ended.set)
+            loop.add_signal_handler(number, self._end)
         for server in self._servers:
             await server.start()
         loop.add_reader(self._log, self._on_log)
@@ -165,6 +165,8 @@ class Guard:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
                         await self._changed.wait()
+                if self._ended.is_set():
+                    break
                 # The message that names who did it comes last, and one look serves many changes.
                 await asyncio.sleep(_SETTLE_S)
                 self._look()
@@ -173,6 +175,11 @@ class Guard:
             if self._dnsmasq is not None and self._dnsmasq.returncode is None:
                 self._dnsmasq.kill()
                 await self._dnsmasq.wait()
+
+    def _end(self) -> None:
+        """Wakes whoever waits for a change, so that the end does not take as long as a look around."""
+        self._ended.set()
+        self._changed.set()
 
     async def _keep_dnsmasq(self) -> None:
         """Runs the resolver as nobody, without a capability, in the router; starts it again when it ends."""

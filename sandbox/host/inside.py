@@ -15,7 +15,8 @@ from sandbox.errors import HostError
 from sandbox.host import syscalls as sys
 
 
-def _in_child(action: Callable[[], None], what: str) -> None:
+def in_child(action: Callable[[], None], what: str) -> None:
+    """Does something in a child of ours, which may enter namespaces; HostError when it failed."""
     pid = os.fork()
     if pid == 0:  # pragma: no cover - the child never returns
         status = 1
@@ -47,7 +48,7 @@ def restrict_engine_mounts(pid: int, *, max_terminals: int) -> None:
         sys.mount("devpts", "/dev/pts", "devpts", flags, f"ptmxmode=0666,mode=0620,gid=5,max={max_terminals}")
 
     try:
-        _in_child(action, "restricting the root file system")
+        in_child(action, "restricting the root file system")
     finally:
         os.close(fd)
 
@@ -88,7 +89,7 @@ def user_limits(pid: int) -> dict[str, int]:
         os.write(write_end, "".join(lines).encode())
 
     try:
-        _in_child(action, "reading the limits of its user namespace")
+        in_child(action, "reading the limits of its user namespace")
         text = os.read(read_end, 65536).decode()
     finally:
         for end in (fd, read_end, write_end):

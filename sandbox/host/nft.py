@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from sandbox.errors import HostError
@@ -43,6 +44,18 @@ class NftError(HostError):
 
 class NoSuchTable(NftError):
     """What the text speaks of is not there."""
+
+
+def elements(item: dict[str, Any], kind: str = "set") -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The elements of a set or map as it was listed: the parts of each key, and what stands beside it (a counter)."""
+    for element in item.get(kind, {}).get("elem", []):
+        key = element[0] if kind == "map" else element
+        body = key.get("elem", {}) if isinstance(key, dict) else {}
+        value = body.get("val", key)
+        parts = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
+        if kind == "map":
+            body = {**body, "data": element[1]}
+        yield parts, body
 
 
 class Nft:

@@ -18,6 +18,7 @@ from sandbox.policy.spec import ContainerSpec
 from sandbox.report import filter as filters
 from sandbox.report import wall
 from sandbox.report.model import Fact, Row, Tier
+from sandbox.report.surroundings import Surroundings
 
 # What the prober answered: row, then (attempt, outcome).
 Attempts = Mapping[str, list[tuple[str, str]]]
@@ -26,7 +27,10 @@ Measured = Mapping[str, object]
 
 
 class Facts:
-    """One dyno under examination. ``attempts``: of a twin, None for a live dyno, which nobody attacks."""
+    """One dyno under examination. ``attempts``: of a twin, None for a live dyno, which nobody attacks.
+
+    ``around``: what dynos have in common, for a report of many.
+    """
 
     def __init__(
         self,
@@ -37,12 +41,12 @@ class Facts:
         attempts: Attempts | None = None,
         measured: Measured | None = None,
         calls: filters.Calls = (),
-        common: wall.Shared | None = None,
+        around: Surroundings | None = None,
     ) -> None:
         self.config, self.record = config, record
         self.pid = record.pid if pid is None else pid
         self.attempts, self.measured = attempts, measured or {}
-        self._calls, self._common = calls, common
+        self._calls, self.around = calls, around or Surroundings(config)
 
     @classmethod
     def itself(cls, config: Config, record: Record, calls: filters.Calls) -> Facts:
@@ -79,11 +83,11 @@ class Facts:
 
     @cached_property
     def threads(self) -> list[observe.Thread]:
-        return list(verify.threads(self.subject))
+        return self.subject.threads
 
     @cached_property
     def mounts(self) -> list[observe.MountLine]:
-        return observe.mounts(self.pid)
+        return self.subject.mounts
 
     @cached_property
     def filter(self) -> filters.Reading:
@@ -99,18 +103,19 @@ class Facts:
     def wall(self) -> wall.Reading:
         if self.record.place is None:
             raise HostError("it has no place in the network: the clause was waived.")
-        common = self._common or wall.shared(self.config)
-        return wall.read(self.config, self.pid, self.record.place, self.record.port, common)
+        return wall.read(self.config, self.pid, self.record.place, self.around.wall)
 
     @cached_property
     def others(self) -> list[Record]:
         """Every other live dyno of this instance."""
         mine = self.spec.container_id
-        return [other for other in records.live(self.config) if other.spec.container_id != mine]
+        return [other for other in self.around.living if other.spec.container_id != mine]
 
-    def living_others(self) -> list[Record]:
-        """Those of the others that live at this moment: what has ended shares nothing."""
-        return [other for other in self.others if records.still(other)]
+    def others_namespaces(self) -> Iterator[tuple[Record, dict[str, int]]]:
+        """The namespaces of the others, by kind; what has ended shares nothing."""
+        for other in self.others:
+            if found := self.around.namespaces(other):
+                yield other, found
 
     def clause(self, clause: Clause, observed: Callable[[], str]) -> Iterator[Fact]:
         """What the check before the start says now: one fact that holds, or one for each difference."""
@@ -145,7 +150,7 @@ class Facts:
         """What the live filter does to the row's calls."""
         for call, arguments in row.calls:
             said = self.filter.verdict(call, arguments)
-            words = f"{call}({', '.join(f'{a:#x}' for a in arguments)})"
+            words = filters.spelled(call, arguments)
             # LOG, TRACE and USER_NOTIF let a call run, or let somebody decide.
             refused = said.startswith(("ERRNO", "KILL", "TRAP"))
             yield Fact(Tier.KERNEL, f"filter: {words}", "refused", said, refused)

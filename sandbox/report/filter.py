@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 from sandbox.config import Config
@@ -36,7 +37,7 @@ class Reading(NamedTuple):
 
     def verdict(self, call: str, arguments: tuple[int, ...]) -> str:
         """What becomes of one call that was asked for: ALLOW or a refusal."""
-        return self.verdicts[_word(call, arguments)]
+        return self.verdicts[spelled(call, arguments)]
 
 
 Calls = tuple[tuple[str, tuple[int, ...]], ...]
@@ -102,7 +103,7 @@ def _examine(programs: tuple[bytes, ...], calls: Calls) -> dict[str, Any]:
         if value & 0xFFFF0000 not in (cbpf.KILL_PROCESS, cbpf.KILL_THREAD)
     ]
     verdicts = {
-        _word(call, arguments): cbpf.name(value)
+        spelled(call, arguments): cbpf.name(value)
         for (call, arguments), value in zip(calls, results[len(results) - len(calls) :], strict=True)
     }
     unknown = sum(_runs(value) for case, value in zip(native, results, strict=False) if case.number > LAST)
@@ -115,8 +116,10 @@ def _examine(programs: tuple[bytes, ...], calls: Calls) -> dict[str, Any]:
     }
 
 
-def _word(call: str, arguments: tuple[int, ...]) -> str:
-    return call + _hex(arguments)
+@cache
+def spelled(call: str, arguments: tuple[int, ...]) -> str:
+    """A call as reports name it: 300 of them in each report of a dyno."""
+    return call + (_hex(arguments) or "()")
 
 
 def _runs(value: int) -> bool:
@@ -184,13 +187,17 @@ def _arguments() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "shmget", (0, 4096, 0o4600)
 
 
+@cache
+def _version(calls: Calls) -> str:
+    return hashlib.sha256(repr((seccomp.document(), calls, _SWEEP)).encode()).hexdigest()[:16]
+
+
 class _Memory:
     """What was computed of a filter before: a file under its digest and this version's."""
 
     def __init__(self, config: Config, digest: str, calls: Calls) -> None:
-        version = hashlib.sha256(repr((seccomp.document(), calls, _SWEEP)).encode()).hexdigest()[:16]
         self._folder = f"{config.state_dir}/reports/filters"
-        self._path = f"{self._folder}/{digest}.{version}.json"
+        self._path = f"{self._folder}/{digest}.{_version(calls)}.json"
 
     def load(self) -> dict[str, Any] | None:
         try:

@@ -21,24 +21,31 @@ from sandbox.host import stack as stacks
 from sandbox.policy.policy import Policy
 from sandbox.policy.seccomp import document as filter_document
 from sandbox.report import document as documents
-from sandbox.report import judge, mutants, rows, wall, workers
+from sandbox.report import judge, mutants, rows, workers
 from sandbox.report.document import Document, Made
 from sandbox.report.facts import Facts
 from sandbox.report.model import Control, Result, Status
+from sandbox.report.surroundings import Surroundings
 from sandbox.report.twin import Wanted
 
 Progress = Callable[[str], None]
 _PROOF_AGE_S = 7 * 86400
 
 
-def live(config: Config, record: Record, *, mode: str = "live", common: wall.Shared | None = None) -> Made:
+def live(
+    config: Config,
+    record: Record,
+    *,
+    mode: str = "live",
+    around: Surroundings | None = None,
+) -> Made:
     """What the kernel says of a live dyno now. Nothing in it is touched but its init, which stands still for a moment.
 
     A dyno that ends meanwhile makes the rest unproven, and no error. Results of an attacked twin of the same policy,
     on this boot, serve as controls; so does this process itself, which every reading must find open.
     """
     begin = time.monotonic()
-    facts = Facts(config, record, calls=rows.CALLS, common=common)
+    facts = Facts(config, record, calls=rows.CALLS, around=around)
     results = [judge.examine(row, facts) for row in rows.ALL]
     proof = _proof(config, record.spec.policy, record.engine, record.runtime, record.stack_digest)
     # Without a twin's: a process with every right, ourselves, which each reading must find open.

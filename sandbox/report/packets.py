@@ -7,6 +7,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import Any
@@ -120,18 +121,16 @@ def _inbound(place: Place, stage: Stage) -> list[Json]:
         ("another app to $PORT", f"/proc/self/fd/{stage.neighbour_fd}", twins.PORT, False),
         ("the outside to $PORT", stage.path, twins.PORT, False),
     )
-    found = []
-    for what, where, port, wanted in tries:
-        answered = bool(send(where, [Attempt("tcp", address, port, "")], wait_s=WAIT_S if not wanted else 2.0))
-        found.append(
-            {
-                "what": what,
-                "promised": "answered" if wanted else "nothing",
-                "observed": "answered" if answered else "nothing",
-                "holds": answered == wanted,
-            }
-        )
-    return found
+
+    def knock(attempt: tuple[str, str, int, bool]) -> Json:
+        what, where, port, wanted = attempt
+        answered = bool(send(where, [Attempt("tcp", address, port, "")], wait_s=2.0 if wanted else WAIT_S))
+        words = {True: "answered", False: "nothing"}
+        return {"what": what, "promised": words[wanted], "observed": words[answered], "holds": answered == wanted}
+
+    # Nothing is waited for three times: at once.
+    with ThreadPoolExecutor(len(tries)) as pool:
+        return list(pool.map(knock, tries))
 
 
 def _burst(twin: Twin, stage: Stage, config: Config) -> Json:
@@ -208,9 +207,7 @@ def _special(twin: Twin, stage: Stage, config: Config, other: Place) -> Json:
 
 def _six(twin: Twin, config: Config) -> Counter[str]:
     """IPv6 packets that the router's kernel discarded on the twin's link: where IPv6 is off, no rule sees them."""
-    from sandbox.firewall.layout import link_name
-
-    path = f"/proc/thread-self/net/dev_snmp6/{link_name(twin.record.spec.container_id)}"
+    path = f"/proc/thread-self/net/dev_snmp6/{twin.link}"
     with router.inside(Layout(config)), suppress(FileNotFoundError), open(path, encoding="ascii") as file:
         table = dict(line.split() for line in file)
         return Counter(ipv6=int(table.get("Ip6InDiscards", 0)))

@@ -126,7 +126,10 @@ def keep(config: Config, document: Document) -> tuple[Document, str]:
 
 def kept(config: Config) -> list[str]:
     """Paths of the reports that are kept, oldest first."""
-    folder = _folder(config)
+    return _kept(_folder(config))
+
+
+def _kept(folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name[:8].isdigit() and name.endswith(".json")]
 
 
@@ -147,23 +150,29 @@ def _last(folder: str) -> tuple[str, int]:
 
 
 def _drop_old(folder: str) -> None:
-    names = sorted(name for name in os.listdir(folder) if name[:8].isdigit() and name.endswith(".json"))
+    paths = _kept(folder)
     oldest = time.time() - MAX_AGE_S
-    for index, name in enumerate(names[:-1]):
-        path = f"{folder}/{name}"
-        if index < len(names) - MAX_KEPT or os.stat(path).st_mtime < oldest:
+    for index, path in enumerate(paths[:-1]):
+        if index < len(paths) - MAX_KEPT or os.stat(path).st_mtime < oldest:
             os.unlink(path)
 
 
 def load(path: str) -> Document:
     """The document in a file, as far as it can be read. Raises ReportError, which says what to do."""
+    return _parse(_bytes(path), path)
+
+
+def _bytes(path: str) -> bytes:
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise ReportError(f"{path} is too large for a report.", hint="is it one?")
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}.", hint="sandbox report list") from error
+
+
+def _parse(data: bytes, path: str) -> Document:
     try:
         document = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -199,9 +208,8 @@ def verify(config: Config, path: str, *, public_key: str = "") -> Verified:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    document = load(path)
-    with open(path, "rb") as file:
-        data = file.read()
+    data = _bytes(path)
+    document = _parse(data, path)
     seal = document.get("seal")
     try:
         digest, key, signature = str(seal["digest"]), str(seal["key"]), str(seal["signature"])  # type: ignore[index]

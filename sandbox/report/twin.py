@@ -25,7 +25,7 @@ from sandbox.engine.base import Attachment, Container, Engine, Stream
 from sandbox.engine.oci import OciEngine
 from sandbox.errors import EngineError, HostError
 from sandbox.firewall import guard, router
-from sandbox.firewall.layout import Layout
+from sandbox.firewall.layout import Layout, link_name
 from sandbox.host import observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.stack import Stack
@@ -57,7 +57,6 @@ class Weakness(NamedTuple):
     policy: Callable[[Policy], Policy] = lambda policy: policy
     oci: Edit = lambda _: None
     docker: Edit = lambda _: None
-    limits: Callable[[list[str]], list[str]] = lambda words: words
 
 
 NONE = Weakness()
@@ -74,9 +73,6 @@ class _Oci(OciEngine):
         document = super().document(spec)
         self._weakness.oci(document)
         return document
-
-    def limits(self, spec: ContainerSpec) -> list[str]:
-        return self._weakness.limits(super().limits(spec))
 
 
 def _docker(config: Config, home: Config, weakness: Weakness) -> Engine:
@@ -174,13 +170,14 @@ class Twin:
             if wanted.engine == "docker"
             else _Oci(config, wanted.runtime or "runc", weakness)
         )
+        prober = _slug(config)
         launch = Launch(
             name="twin.1",
             app=wanted.app,
             policy=weakness.policy(wanted.policy),
             stack=wanted.stack,
-            slug_image=_slug(config).image,
-            slug_digest=_slug(config).digest,
+            slug_image=prober.image,
+            slug_digest=prober.digest,
             command=("/usr/bin/python3", "-I", "-S", "/app/prober.py"),
             env=dict.fromkeys(wanted.env_names, ""),
             stdin=True,
@@ -213,6 +210,11 @@ class Twin:
     @property
     def netns(self) -> str:
         return f"/proc/{self.pid}/ns/net"
+
+    @property
+    def link(self) -> str:
+        """The router's end of its link."""
+        return link_name(self.record.spec.container_id)
 
     def facts(self, attempts: dict[str, Any] | None, measured: dict[str, Any], calls: Any) -> Facts:
         return Facts(self.config, self.record, attempts=attempts, measured=measured, calls=calls)

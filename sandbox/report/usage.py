@@ -12,7 +12,7 @@ from sandbox.host.cgroup import Cgroup
 from sandbox.report.twin import Twin
 
 Json = dict[str, Any]
-_FLOOD = 64 << 20
+_FLOOD = 48 << 20
 
 
 def limits(twin: Twin, *, only: tuple[str, ...] = ()) -> tuple[Json, Json]:
@@ -45,7 +45,7 @@ def _processes(twin: Twin, answers: Json, measured: Json) -> None:
 
 def _cpu(twin: Twin, answers: Json, measured: Json) -> None:
     workers = min(os.cpu_count() or 1, 4)
-    for name, seconds, timers in (("cpu", 1.0, False), ("timers", 0.5, True)):
+    for name, seconds, timers in (("cpu", 0.8, False), ("timers", 0.4, True)):
         before, begin = twin.cgroup.usage().cpu_us, time.monotonic()
         twin.prober.ask("burn", burn={"workers": workers, "seconds": seconds, "timers": timers})
         used = (twin.cgroup.usage().cpu_us - before) / 1e6 / (time.monotonic() - begin)

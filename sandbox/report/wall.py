@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from ipaddress import IPv4Address
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from sandbox.errors import HostError
 from sandbox.firewall import admit, router, ruleset
 from sandbox.firewall.layout import Layout, Place
 from sandbox.host import netns
-from sandbox.host.nft import Nft
+from sandbox.host.nft import Nft, elements
 from sandbox.policy import egress
 from sandbox.policy.egress import Reason
 
@@ -22,6 +23,9 @@ _SYSCTLS = (
     ("ipv4/conf/all/accept_redirects", "0"),
     ("ipv6/conf/all/disable_ipv6", "1"),
 )
+
+# An element of a set: its name, and the key without the link that the key begins with.
+Right = tuple[str, tuple[str, ...]]
 
 
 class Reading(NamedTuple):
@@ -36,7 +40,7 @@ class Reading(NamedTuple):
     sysctls: tuple[tuple[str, str, str], ...]
     members: dict[str, bool]
     digest: str
-    elements: dict[str, tuple[tuple[str, str], ...]]
+    elements: dict[str, tuple[Right, ...]]
     extra: tuple[str, ...]
 
     def covers(self, address: str) -> bool:
@@ -51,12 +55,7 @@ class Reading(NamedTuple):
 
     def misses(self, reasons: frozenset[Reason]) -> list[str]:
         """The ranges of those reasons that the policy denies and the live set does not, completely."""
-        missing = []
-        for text, reason in egress.ALWAYS_DENIED:
-            network = egress.parse_network(text, where="policy")
-            if reason in reasons and not self._covered(network.first, network.last):
-                missing.append(text)
-        return missing
+        return [text for text, reason, first, last in _always() if reason in reasons and not self._covered(first, last)]
 
     def _covered(self, first: int, last: int) -> bool:
         at = first
@@ -69,6 +68,12 @@ class Reading(NamedTuple):
         return at > last
 
 
+@cache
+def _always() -> tuple[tuple[str, Reason, int, int], ...]:
+    parsed = ((text, reason, egress.parse_network(text, where="policy")) for text, reason in egress.ALWAYS_DENIED)
+    return tuple((text, reason, network.first, network.last) for text, reason, network in parsed)
+
+
 class Shared(NamedTuple):
     """What all dynos of an instance have in common: read once for a report of many."""
 
@@ -78,7 +83,7 @@ class Shared(NamedTuple):
     rules: str
     sysctls: tuple[tuple[str, str, str], ...]
     digest: str
-    elements: dict[str, tuple[tuple[str, str], ...]]  # by link: (set, the rest of the key) of every element
+    elements: dict[str, tuple[Right, ...]]  # by link
 
 
 def shared(config: Config) -> Shared:
@@ -92,35 +97,60 @@ def shared(config: Config) -> Shared:
         nft = Nft()
         sysctls = tuple((name, value, _sysctl(name)) for name, value in _SYSCTLS)
     try:
+        # One dump of the table: each listing of a set reads the whole table anyhow.
+        table = nft.listing(f"table {ruleset.TABLE}")
         return Shared(
             faults,
-            tuple(_ranges(nft.listing(f"map {ruleset.TABLE} deny4"))),
-            frozenset(_addresses(nft.listing(f"set {ruleset.TABLE} hosts4"))),
+            tuple(_ranges(table)),
+            frozenset(str(key[0]) for item in table if _named(item, "hosts4") for key, _ in elements(item)),
             _rules(nft),
             sysctls,
             str(router.read_state(layout)["router"]),
-            _elements(nft),
+            _by_link(table),
         )
     finally:
         nft.close()
 
 
-def read(config: Config, pid: int, place: Place, port: int, common: Shared) -> Reading:
+def read(config: Config, pid: int, place: Place, common: Shared) -> Reading:
     """One dyno's own part, beside what is common to all."""
     layout = Layout(config)
-    differences = tuple(admit.differences(config, place, pid))
+    differences = list(admit.own_differences(place, pid))
     record = router.read_record(layout.record(place.address))
     with admit.os_open(f"/proc/{pid}/ns/net") as fd, netns.entered(fd), open("/proc/thread-self/net/arp") as file:
         neighbours = tuple(line.split()[0] for line in file.read().splitlines()[1:])
-    wanted = _members(record, port) if record else {}
+    members: dict[str, bool] = {}
+    extra: tuple[str, ...] = ()
+    if record is None:
+        differences.append(("a record of its place", "none"))
+    else:
+        live = common.elements.get(str(record["link"]), ())
+        items = router.record_elements(record)
+        missing = [item for item in items if _plain(item) not in live]
+        # The kernel spells ranges anew: it is asked for those that are not there as we wrote them.
+        missing = _unknown(layout, missing) if missing else []
+        differences += [(f"known to the router as {item.set} {item.key}", "unknown") for item in missing]
+        members = {_MEMBERS.get(item.set.partition("_")[0], item.set): item not in missing for item in items}
+        extra = tuple(_beyond(record, live))
+    return Reading(tuple(differences), neighbours=neighbours, members=members, extra=extra, **common._asdict())
+
+
+# What the rows call the sets that they ask for.
+_MEMBERS = {"src4": "source", "flows": "flows", "fresh": "new flows", "inbound4": "inbound"}
+
+
+def _plain(item: ruleset.Element) -> Right:
+    """An element as we wrote it, in the form of the dump."""
+    return item.set, tuple(item.key.split(" . ")[1:])
+
+
+def _unknown(layout: Layout, items: list[ruleset.Element]) -> list[ruleset.Element]:
     with router.inside(layout):
         nft = Nft()
     try:
-        members = _have(nft, wanted)
+        return admit.unknown(nft, items)
     finally:
         nft.close()
-    extra = tuple(_beyond(record, common.elements)) if record else ()
-    return Reading(differences, neighbours=neighbours, members=members, extra=extra, **common._asdict())
 
 
 # Each element of these is a right of the link that its key begins with.
@@ -137,34 +167,45 @@ RIGHTS = (
     "reply4",
     "inbound4",
 )
+_LIMITS = ("dyno", "fresh", "upload", "download")
 
 
-def _elements(nft: Nft) -> dict[str, tuple[tuple[str, str], ...]]:
-    found: dict[str, list[tuple[str, str]]] = {}
-    for which in RIGHTS:
-        for item in nft.listing(f"set {ruleset.TABLE} {which}"):
-            for element in item.get("set", {}).get("elem", []):
-                value = element.get("elem", {}).get("val", element) if isinstance(element, dict) else element
-                parts = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
-                found.setdefault(str(parts[0]), []).append((which, json.dumps(parts[1:])))
+def _named(item: dict[str, Any], name: str) -> bool:
+    return bool(item.get("set", item.get("map", {})).get("name") == name)
+
+
+def _by_link(table: list[dict[str, Any]]) -> dict[str, tuple[Right, ...]]:
+    """The elements of every set and map that are keyed by a link."""
+    found: dict[str, list[Right]] = {}
+    for item in table:
+        for kind in item.keys() & {"set", "map"}:
+            which = str(item[kind]["name"])
+            if which in (*RIGHTS, *_LIMITS) or which.startswith("flows_"):
+                for key, _ in elements(item, kind):
+                    found.setdefault(str(key[0]), []).append((which, tuple(_spelled(part) for part in key[1:])))
     return {link: tuple(items) for link, items in found.items()}
 
 
-def _beyond(record: dict[str, Any], elements: dict[str, tuple[tuple[str, str], ...]]) -> Iterator[str]:
+def _spelled(part: Any) -> str:
+    return part if isinstance(part, str) else json.dumps(part)
+
+
+def _beyond(record: dict[str, Any], elements: tuple[Right, ...]) -> Iterator[str]:
     """Elements of the dyno's link that its record does not ask for. Ranges are counted: the kernel spells them anew."""
     wanted = Counter(str(item[0]) for item in record["elements"])
     names = bool(record["egress"]["names"] or record["egress"]["pinned"])
-    live: dict[str, list[str]] = {}
-    for which, key in elements.get(str(record["link"]), ()):
-        live.setdefault(which, []).append(key)
+    live: dict[str, list[tuple[str, ...]]] = {}
+    for which, key in elements:
+        if which in RIGHTS:
+            live.setdefault(which, []).append(key)
     for which, keys in live.items():
         # What names opened comes and goes with their answers.
         if len(keys) > wanted[which] and not (which == "named4" and names):
-            yield from (f"{which} {key}" for key in keys)
+            yield from (f"{which} {' . '.join(key)}" for key in keys)
     address = str(record["address"])
     for key in live.get("src4", []):
-        if json.loads(key) != [address]:
-            yield f"src4 {key}"
+        if key != (address,):
+            yield f"src4 {' . '.join(key)}"
 
 
 def _sysctl(name: str) -> str:
@@ -182,45 +223,9 @@ def _rules(nft: Nft) -> str:
         return ""
 
 
-def _members(record: dict[str, Any], port: int) -> dict[str, tuple[str, str]]:
-    link, traffic = f'"{record["link"]}"', record["traffic"]
-    wanted = {
-        "source": ("src4", f"{link} . {record['address']}"),
-        "flows": (f"flows_{traffic['flows']}", link),
-        "new flows": ("fresh", link),
-        "upload": ("upload", link),
-        "download": ("download", link),
-    }
-    if port:
-        wanted["inbound"] = ("inbound4", f"{link} . {record['address']} . {port}")
-    return wanted
-
-
-def _have(nft: Nft, wanted: dict[str, tuple[str, str]]) -> dict[str, bool]:
-    """Which of those elements are there: asked for all at once, and one by one when that fails."""
-    questions = {name: f"get element {ruleset.TABLE} {which} {{ {key} }}\n" for name, (which, key) in wanted.items()}
-    try:
-        nft.run("".join(questions.values()))
-    except HostError:
-        return {name: _has(nft, question) for name, question in questions.items()}
-    return dict.fromkeys(questions, True)
-
-
-def _has(nft: Nft, question: str) -> bool:
-    try:
-        nft.run(question)
-    except HostError:
-        return False
-    return True
-
-
-def _ranges(listing: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
-    found = []
-    for item in listing:
-        for key, reason in item.get("map", {}).get("elem", []):
-            value = key.get("elem", {}).get("val", key) if isinstance(key, dict) else key
-            found.append((*_bounds(value), int(reason)))
-    return found
+def _ranges(table: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    denied = (pair for item in table if _named(item, "deny4") for pair in elements(item, "map"))
+    return [(*_bounds(key[0]), int(body["data"])) for key, body in denied]
 
 
 def _bounds(value: Any) -> tuple[int, int]:
@@ -231,8 +236,3 @@ def _bounds(value: Any) -> tuple[int, int]:
         return int(IPv4Address(first)), int(IPv4Address(last))
     base = int(IPv4Address(value["prefix"]["addr"]))
     return base, base + (1 << (32 - int(value["prefix"]["len"]))) - 1
-
-
-def _addresses(listing: list[dict[str, Any]]) -> list[str]:
-    elements = (element for item in listing for element in item.get("set", {}).get("elem", []))
-    return [e if isinstance(e, str) else str(e.get("elem", {}).get("val")) for e in elements]

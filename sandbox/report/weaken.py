@@ -10,11 +10,11 @@ from typing import Any
 
 from sandbox.firewall import admit, guard, router
 from sandbox.firewall.layout import Layout
-from sandbox.host import netns
+from sandbox.host import inside, netns
 from sandbox.host import syscalls as sys
 from sandbox.host.netlink import Netlink
 from sandbox.host.nft import Nft
-from sandbox.policy.policy import Policy
+from sandbox.policy.policy import Policy, Rlimit
 from sandbox.report.twin import Edit, Twin, Weakness
 from sandbox.units import MIB
 
@@ -114,8 +114,6 @@ def oci_namespace(kind: str) -> Edit:
     def edit(document: Json) -> None:
         found = linux(document)
         found["namespaces"] = [entry for entry in found["namespaces"] if entry["type"] != kind]
-        if kind == "uts":
-            document.pop("hostname")
 
     return edit
 
@@ -152,16 +150,12 @@ def host_ipc_docker(body: Json) -> None:
     body["HostConfig"].pop("Tmpfs")
 
 
-def bind(source: str, target: str, *options: str) -> Weakness:
+def bind(source: str, target: str) -> Weakness:
     def oci(document: Json) -> None:
-        document["mounts"].append(
-            {"destination": target, "type": "bind", "source": source, "options": ["bind", *(options or ("ro",))]}
-        )
+        document["mounts"].append({"destination": target, "type": "bind", "source": source, "options": ["bind", "ro"]})
 
     def docker(body: Json) -> None:
-        body["HostConfig"]["Mounts"].append(
-            {"Type": "bind", "Source": source, "Target": target, "ReadOnly": "rw" not in options}
-        )
+        body["HostConfig"]["Mounts"].append({"Type": "bind", "Source": source, "Target": target, "ReadOnly": True})
 
     return Weakness(oci=oci, docker=docker)
 
@@ -308,19 +302,13 @@ def entered(twin: Twin) -> None:
 
 def _in_its_mounts(twin: Twin, action: Callable[[], None]) -> None:
     """Does something in the twin's mount namespace, as nsenter would."""
-    fd = os.open(f"/proc/{twin.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:  # pragma: no cover - the child never returns
-        status = 1
-        try:
-            sys.setns(fd, sys.CLONE_NEWNS)
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(fd)
-    if os.waitpid(pid, 0)[1] != 0:
-        raise OSError("the change of its mounts was refused")
+
+    def change() -> None:
+        sys.setns(fd, sys.CLONE_NEWNS)
+        action()
+
+    with admit.os_open(f"/proc/{twin.pid}/ns/mnt") as fd:
+        inside.in_child(change, "the change of its mounts")
 
 
 def from_host(source: str, target: str) -> Callable[[Twin], None]:
@@ -389,22 +377,16 @@ def terminals(twin: Twin) -> None:
 
 def inotify(twin: Twin) -> None:
     """The limit inside its user namespace is raised by root of that namespace."""
-    fd = os.open(f"/proc/{twin.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:  # pragma: no cover - the child never returns
-        status = 1
-        try:
-            sys.setns(fd, sys.CLONE_NEWUSER)
-            os.setresgid(0, 0, 0)
-            os.setresuid(0, 0, 0)
-            with open("/proc/sys/user/max_inotify_instances", "w", encoding="ascii") as file:
-                file.write("100000")
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(fd)
-    if os.waitpid(pid, 0)[1] != 0:
-        raise OSError("the limit could not be raised")
+
+    def change() -> None:
+        sys.setns(fd, sys.CLONE_NEWUSER)
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        with open("/proc/sys/user/max_inotify_instances", "w", encoding="ascii") as file:
+            file.write("100000")
+
+    with admit.os_open(f"/proc/{twin.pid}/ns/user") as fd:
+        inside.in_child(change, "raising the limit")
 
 
 def control_socket(twin: Twin) -> None:
@@ -425,7 +407,7 @@ def nft(*texts: str, drop: tuple[str, ...] = ()) -> Callable[[Twin], None]:
         with router.inside(layout):
             nft = Nft()
         for text in texts:
-            nft.run(text.format(link=_link(twin), flows=twin.wanted.policy.traffic.flows))
+            nft.run(text.format(link=twin.link, flows=twin.wanted.policy.traffic.flows))
         for part in drop:
             _drop(nft, part)
         nft.close()
@@ -443,12 +425,6 @@ def _drop(nft: Nft, part: str) -> None:
                 found = True
     if not found:
         raise OSError(f"no rule contains {part!r}")
-
-
-def _link(twin: Twin) -> str:
-    from sandbox.firewall.layout import link_name
-
-    return link_name(twin.record.spec.container_id)
 
 
 def second_way(twin: Twin) -> None:
@@ -483,26 +459,23 @@ def policy(**values: Any) -> Weakness:
     return Weakness(policy=lambda policy: policy._replace(**values))
 
 
-def limit(name: str, value: int) -> Weakness:
-    def change(policy: Policy) -> Policy:
-        return policy._replace(
-            rlimits=tuple(limit._replace(soft=value, hard=value) if limit.name == name else limit for limit in policy.rlimits)
-        )  # fmt: skip
+def _limits(policy: Policy, name: str, value: int) -> tuple[Rlimit, ...]:
+    return tuple(each._replace(soft=value, hard=value) if each.name == name else each for each in policy.rlimits)
 
-    return Weakness(policy=change)
+
+def limit(name: str, value: int) -> Weakness:
+    return Weakness(policy=lambda policy: policy._replace(rlimits=_limits(policy, name, value)))
 
 
 def double_pids(policy: Policy) -> Policy:
     """The cgroup's limit and the one per user: each alone would hold."""
     doubled = policy.pids_max + 128
-    limits = tuple(l._replace(soft=doubled, hard=doubled) if l.name == "NPROC" else l for l in policy.rlimits)  # noqa: E741
-    return policy._replace(pids_max=doubled, rlimits=limits)
+    return policy._replace(pids_max=doubled, rlimits=_limits(policy, "NPROC", doubled))
 
 
 def double_disk(policy: Policy) -> Policy:
     doubled = policy.disk_bytes + 256 * MIB
-    limits = tuple(l._replace(soft=doubled, hard=doubled) if l.name == "FSIZE" else l for l in policy.rlimits)  # noqa: E741
-    return policy._replace(disk_bytes=doubled, rlimits=limits)
+    return policy._replace(disk_bytes=doubled, rlimits=_limits(policy, "FSIZE", doubled))
 
 
 def secret() -> str:

@@ -24,17 +24,17 @@ TARGETS = {
 PROBE = """
 import json, sys, time
 from sandbox import config
-from sandbox.dyno import record
-from sandbox.report import judge, rows, wall
+from sandbox.report import judge, rows
 from sandbox.report.facts import Facts
+from sandbox.report.surroundings import Surroundings
 where = config.load(state_dir=sys.argv[1], run_dir=sys.argv[2])
-found = record.live(where)
 times, stops = [], []
 for turn in range(int(sys.argv[3])):
     begin = time.perf_counter()
-    common = wall.shared(where)
+    around = Surroundings(where)
+    found = around.living
     for item in found:
-        facts = Facts(where, item, calls=rows.CALLS, common=common)
+        facts = Facts(where, item, calls=rows.CALLS, around=around)
         for row in rows.ALL:
             judge.examine(row, facts)
         stops.append(facts.filter.stopped_ms)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sandbox.dyno import verify
 from sandbox.errors import HostError
-from sandbox.host import observe
 from sandbox.report.facts import Facts
 from sandbox.report.model import Fact, Tier
 
@@ -39,7 +37,7 @@ def absent(what: str, observed: str, why: str) -> Fact:
 def rlimit(facts: Facts, name: str) -> Iterator[Fact]:
     """A resource limit of every process: at most what was promised, an app may lower it."""
     wanted = next(limit for limit in facts.spec.policy.rlimits if limit.name == name)
-    hard = [found[name][1] for _, found in verify.living(facts.subject, observe.rlimits)]
+    hard = [found[name][1] for found in facts.subject.rlimits]
     if not hard:
         raise HostError("no process to examine.")
     worst = -1 if min(hard) < 0 else max(hard)

@@ -55,7 +55,7 @@ def _nodes(facts: Facts) -> Iterator[Fact]:
 
 
 def _devices(facts: Facts) -> Iterator[Fact]:
-    yield from facts.clause(Clause.DEVICES, lambda: f"{facts.cgroup.limits().devices}"[:70])
+    yield from facts.clause(Clause.DEVICES, lambda: f"{facts.subject.limits.devices}"[:70])
 
 
 def _masks(facts: Facts) -> Iterator[Fact]:
@@ -218,7 +218,7 @@ def _setuid_files(facts: Facts) -> Iterator[Fact]:
     found = [
         entry.name
         for entry in os.scandir(f"/proc/{facts.pid}/root/usr/bin")
-        if entry.stat(follow_symlinks=False).st_mode & 0o6000 and not entry.is_symlink()
+        if not entry.is_symlink() and entry.stat(follow_symlinks=False).st_mode & 0o6000
     ]
     yield kernel("setuid and setgid programs in /usr/bin", "none", ", ".join(found[:3]) or "none", holds=not found)
 

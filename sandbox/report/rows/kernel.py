@@ -20,12 +20,13 @@ _NS_FLAGS = (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0
 
 def _namespaces(facts: Facts) -> Iterator[Fact]:
     kinds = [kind for kind in observe.NAMESPACES if kind != "user"]
+    mine = {kind: observe.namespace(facts.pid, kind) for kind in kinds}
     yield from facts.clause(
         Clause.NAMESPACES,
-        lambda: " ".join(f"{kind}:{observe.namespace(facts.pid, kind)}" for kind in kinds),
+        lambda: " ".join(f"{kind}:{mine[kind]}" for kind in kinds),
     )
-    for other in facts.living_others():
-        same = [kind for kind in kinds if observe.namespace(facts.pid, kind) == observe.namespace(other.pid, kind)]
+    for other, theirs in facts.others_namespaces():
+        same = [kind for kind in kinds if mine[kind] == theirs[kind]]
         yield kernel(f"shared with {other.name}", "none", ", ".join(same) or "none", holds=not same)
 
 

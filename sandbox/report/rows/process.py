@@ -38,8 +38,8 @@ def _uid(facts: Facts) -> Iterator[Fact]:
 def _user_namespace(facts: Facts) -> Iterator[Fact]:
     mine, ours = observe.namespace(facts.pid, "user"), observe.namespace("self", "user")
     yield kernel("user namespace", "not the host's", "the host's" if mine == ours else mine, holds=mine != ours)
-    for other in facts.living_others():
-        theirs = observe.namespace(other.pid, "user")
+    for other, namespaces in facts.others_namespaces():
+        theirs = namespaces["user"]
         yield kernel(f"against {other.name}", "another", "the same" if theirs == mine else theirs, holds=theirs != mine)
 
 
@@ -134,7 +134,7 @@ def _processes(facts: Facts) -> Iterator[Fact]:
 
 def _daemon(facts: Facts) -> Iterator[Fact]:
     """Whoever is in the dyno's process namespace must be in its cgroup, however it was started."""
-    outside = _strays(facts, (name for name in os.listdir("/proc") if name.isdigit()))
+    outside = _strays(facts, facts.around.processes.get(observe.namespace(facts.pid, "pid"), ()))
     if outside:
         # One that was forked or ends at this moment is in no cgroup; who still is in none a moment later is outside.
         time.sleep(0.05)
@@ -149,7 +149,6 @@ def _strays(facts: Facts, names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         try:
-            # A first thread that has ended is in no cgroup any more, its others are.
             thread = observe.living_thread(int(name))
             if thread is None or observe.namespace(thread, "pid") != mine:
                 continue

@@ -91,7 +91,7 @@ def _timers(facts: Facts) -> Iterator[Fact]:
         cap = policy.cpu_quota_us / 100_000
         holds = found["cpus"] <= 1.15 * cap
         yield twin("CPUs used with 200 timers of 1 ns", f"at most {cap:g}", f"{found['cpus']:.2f}", holds=holds)
-    limits = facts.cgroup.limits()
+    limits = facts.subject.limits
     if policy.cpu_quota_us:
         holds = limits.cpu_quota_us == policy.cpu_quota_us
         yield kernel("CPU quota, microseconds", policy.cpu_quota_us, limits.cpu_quota_us, holds=holds)
