@@ -34,7 +34,9 @@ class Slot(NamedTuple):
 
     @property
     def userns_path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self.userns_fd}"
+        # "/./": runc from 1.1.10 on takes every path that begins with /proc/NUMBER for /proc/NUMBER/ns/user, and would
+        # compare with our own mappings.
+        return f"/proc/./{os.getpid()}/fd/{self.userns_fd}"
 
 
 def take(

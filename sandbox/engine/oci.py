@@ -151,13 +151,12 @@ class OciEngine:
         """Lets init run.
 
         runc's ``start`` reads one byte from the FIFO on which its init waits, and takes 8 ms for it; we read that
-        byte ourselves. A runtime without such a FIFO gets its command.
+        byte ourselves. Another runtime gets its command: crun has such a FIFO, too, and its init is the one that reads.
         """
-        try:
-            fifo = os.open(f"{self._config.runtime_dir}/{container.container_id}/exec.fifo", _FIFO)
-        except FileNotFoundError:
+        if self.runtime != "runc":
             self._start_by_command(container)
             return container
+        fifo = os.open(f"{self._config.runtime_dir}/{container.container_id}/exec.fifo", _FIFO)
         try:
             poller = select.poll()
             poller.register(fifo, select.POLLIN)

@@ -43,7 +43,8 @@ def config(spec: ContainerSpec) -> Json:
             "seccomp": seccomp.document(),
             "maskedPaths": list(mounts.MASKED),
             "readonlyPaths": list(mounts.READ_ONLY),
-            "rootfsPropagation": "private",
+            # Recursive: under systemd every mount of the host is shared, and what is bound from one stays tied to it.
+            "rootfsPropagation": "rprivate",
         },
     }
 

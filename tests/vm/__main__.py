@@ -1,0 +1,43 @@
+"""``python -m tests.vm build|run|shell [GUEST]``: makes a guest's image, runs its tests, or gives a login in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.vm import image, machine, payload
+
+
+def say(line: str) -> None:
+    print(f"-----> {line}", flush=True)
+
+
+def main(verb: str, name: str = "debian-13", append: str = "") -> int:
+    try:
+        if name not in image.guests():
+            raise image.ImageError(f"there is no guest {name!r}: {', '.join(image.guests())}")
+        made = image.ensure(name, say)
+        if verb == "build":
+            return 0
+        with tempfile.TemporaryDirectory(prefix="sbvm-", dir="/var/tmp") as text:
+            folder = Path(text)
+            accel = machine.accelerator(made.kernel, made.initrd, say)
+            disk = payload.make(folder, made.python)
+            if verb == "shell":
+                say("Ctrl-A X ends it; the working tree is in /payload/source, and nothing is kept")
+                return subprocess.call(machine.argv(made, disk, accel, None, append))
+            with machine.Machine(made, disk, folder, accel, say, append) as guest:
+                verdict = guest.wait(3600)
+                kept = Path("/tmp") / f"sandbox-vm-{name}"
+                subprocess.run(["cp", "-a", "--", f"{verdict.results}/.", str(guest.console), str(kept)], check=False)
+                say(f"{'passed' if verdict.passed else 'FAILED'} after {verdict.seconds:.0f} s")
+                return int(not verdict.passed)
+    except (image.ImageError, machine.MachineError) as error:
+        print(f"sandbox vm: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
