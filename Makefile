@@ -10,8 +10,8 @@ export SANDBOX_STATE_DIR := $(STATE)
 # Byte code is written at set-up; a start that compiles takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-HOST_PROGRAMS := runc conmon mksquashfs mmdebstrap mkfs.ext4 setpriv prlimit nsenter nft dnsmasq
-HOST_PACKAGES := runc conmon squashfs-tools mmdebstrap e2fsprogs util-linux ca-certificates nftables dnsmasq-base
+HOST_PROGRAMS := runc conmon mksquashfs mmdebstrap mkfs.ext4 setpriv prlimit nsenter nft dnsmasq apparmor_parser
+HOST_PACKAGES := runc conmon squashfs-tools mmdebstrap e2fsprogs util-linux ca-certificates nftables dnsmasq-base apparmor
 TEST_PROGRAMS := dockerd docker gcc ip ss iptables conntrack sysctl pgrep chromium chromedriver
 # Since Debian 13 the client is a package of its own.
 TEST_PACKAGES := docker.io chromium chromium-driver gcc libc6-dev iproute2 iptables conntrack procps $$(apt-cache show docker-cli >/dev/null 2>&1 && echo docker-cli)

@@ -18,7 +18,7 @@ from sandbox.engine.base import Attachment, Container, Engine
 from sandbox.errors import ClauseError, EngineError, HostError
 from sandbox.firewall import admit, guard, router
 from sandbox.firewall.layout import Place
-from sandbox.host import observe
+from sandbox.host import apparmor, observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.journal import Journal
 from sandbox.host.stack import Stack
@@ -161,6 +161,7 @@ class Dyno:
             tty=launch.tty,
             stdin=launch.stdin,
             stack_image=image,
+            label=apparmor.ensure() if launch.policy.holds(Clause.LABEL) else "",
         )
         journal.record("container", self.container_id, engine=engine.name, runtime=engine.runtime)
         loader = threading.Thread(target=meanwhile)

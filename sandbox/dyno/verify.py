@@ -15,7 +15,7 @@ from sandbox.config import Config
 from sandbox.errors import HostError
 from sandbox.firewall import admit
 from sandbox.firewall.layout import Place
-from sandbox.host import observe
+from sandbox.host import apparmor, observe
 from sandbox.host.cgroup import Cgroup, Limits, shares_to_weight
 from sandbox.host.observe import MountLine
 from sandbox.policy import mounts
@@ -322,6 +322,20 @@ def _descriptors(subject: Subject) -> Iterator[tuple[str, str]]:
                 yield "standard input and output only", f"process {pid} holds {fd}: {what}"
 
 
+def _label(subject: Subject) -> Iterator[tuple[str, str]]:
+    if not apparmor.enabled():
+        return
+    wanted = subject.spec.label
+    if not wanted:
+        yield "a profile of its own", "none was asked for"
+    elif not apparmor.loaded(wanted):
+        yield f"{wanted} enforced", "the kernel does not enforce it"
+    for pid, label in living(subject, observe.label):
+        # crun stacks it upon its own, which confines nothing: crun//&sandbox-dyno-1 (mixed). Each of a stack must agree.
+        if wanted not in label.rpartition(" (")[0].split("//&"):
+            yield f"{wanted} in force", f"process {pid}: {label or 'none'}"
+
+
 CHECKS: dict[Clause, Check] = {
     Clause.UID: _uid,
     Clause.CAPABILITIES: _capabilities,
@@ -339,4 +353,5 @@ CHECKS: dict[Clause, Check] = {
     Clause.RLIMITS: _rlimits,
     Clause.OOM_SCORE: _oom_score,
     Clause.DESCRIPTORS: _descriptors,
+    Clause.LABEL: _label,
 }

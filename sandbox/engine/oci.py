@@ -31,7 +31,7 @@ _GVISOR_FLAGS = ("--host-fifo=open", "--network=none")
 # What the host sees of such a dyno is gVisor's kernel and file server: their ids, namespaces and descriptors.
 _GVISOR_HIDES = (
     *(Clause.UID, Clause.CAPABILITIES, Clause.SECCOMP, Clause.NAMESPACES, Clause.MOUNTS, Clause.DEVICES),
-    *(Clause.RLIMITS, Clause.OOM_SCORE, Clause.DESCRIPTORS),
+    *(Clause.RLIMITS, Clause.OOM_SCORE, Clause.DESCRIPTORS, Clause.LABEL),
 )
 _FIFO = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 

@@ -15,7 +15,7 @@ import psutil
 from sandbox import hostcmd
 from sandbox.config import Config
 from sandbox.errors import HostError, SandboxError
-from sandbox.host import cgroup, facts, netns, stack, syscalls
+from sandbox.host import apparmor, cgroup, facts, netns, stack, syscalls
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.netlink import Netlink
 from sandbox.host.nft import Nft
@@ -127,6 +127,22 @@ table inet trial {
   }
 }
 """
+
+
+def _labels(_: Config) -> Iterator[Finding]:
+    if not apparmor.enabled():
+        yield Finding(
+            "labels", Verdict.ADVICE, "AppArmor is off: no second wall", "/sys/module/apparmor/parameters/enabled"
+        )
+        return
+    parser = hostcmd.which("apparmor_parser")
+    yield Finding(
+        "labels",
+        _verdict(ok=parser is not None),
+        "AppArmor is on; every dyno gets a profile of ours",
+        parser or "apparmor_parser not found",
+        "" if parser else "apt-get install apparmor",
+    )
 
 
 def _network(config: Config) -> Iterator[Finding]:
@@ -387,6 +403,7 @@ Check = Callable[[Config], Iterator[Finding]]
 _CHECKS: tuple[Check, ...] = (
     _privilege,
     _programs,
+    _labels,
     _network,
     _runtimes,
     _docker,

@@ -7,6 +7,7 @@ empty answer must never look like a restriction.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 from typing import NamedTuple
@@ -225,6 +226,20 @@ def alive(pid: int) -> bool:
 def status(pid: int) -> dict[str, str]:
     """The fields of /proc/PID/status."""
     return _table(f"/proc/{pid}/status")
+
+
+def label(pid: int) -> str:
+    """The AppArmor label of a process, with its mode; empty when the kernel gives none."""
+    try:
+        with open(f"/proc/{pid}/attr/current", encoding="utf-8", errors="backslashreplace") as file:
+            return file.read().strip("\0\n ")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        # EINVAL: no module that labels is on.
+        if error.errno == errno.EINVAL:
+            return ""
+        raise HostError(f"the label of process {pid} cannot be read: {error.strerror}.") from error
 
 
 def ended(pid: int | str) -> bool:

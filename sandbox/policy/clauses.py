@@ -28,6 +28,7 @@ class Clause(Enum):
     RLIMITS = "rlimits"
     OOM_SCORE = "oom-score"
     DESCRIPTORS = "descriptors"
+    LABEL = "label"
 
     @property
     def promise(self) -> str:
@@ -50,6 +51,7 @@ _PROMISES = {
     Clause.CPU: "CPU time has a weight and a cap",
     Clause.RLIMITS: "open files, core dumps, locked memory and the like end at the limit",
     Clause.OOM_SCORE: "the kernel kills it before the host's own services",
+    Clause.LABEL: "an AppArmor profile of its own is enforced, where AppArmor is on",
     Clause.DESCRIPTORS: "inherits no descriptor but its own input and output",
 }
 

@@ -64,7 +64,10 @@ def _host_config(spec: ContainerSpec) -> Json:
         "CgroupParent": spec.cgroup,
         "CapAdd": [],
         "CapDrop": ["ALL"],
-        "SecurityOpt": ["no-new-privileges", "seccomp=" + json.dumps(seccomp.document())],
+        "SecurityOpt": [
+            *("no-new-privileges", "seccomp=" + json.dumps(seccomp.document())),
+            *((f"apparmor={spec.label}",) if spec.label else ()),
+        ],
         "Privileged": False,
         "PublishAllPorts": False,
         "AutoRemove": False,

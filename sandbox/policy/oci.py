@@ -33,6 +33,7 @@ def config(spec: ContainerSpec) -> Json:
             "capabilities": {},
             "noNewPrivileges": True,
             "oomScoreAdj": policy.oom_score,
+            **({"apparmorProfile": spec.label} if spec.label else {}),
         },
         "mounts": [_mount(mount, spec) for mount in mounts.PLAN if _is_wanted(mount, spec)],
         "linux": {

@@ -7,7 +7,7 @@ import json
 from typing import NamedTuple
 
 from sandbox.errors import PolicyError
-from sandbox.policy import mounts, seccomp
+from sandbox.policy import apparmor, mounts, seccomp
 from sandbox.policy.clauses import Clause
 from sandbox.policy.egress import NOTHING, Egress
 from sandbox.policy.sizes import Size, Traffic
@@ -56,7 +56,16 @@ class Policy(NamedTuple):
         """SHA-256 over every value of the policy, the mount plan and the system-call document."""
         value = self._asdict() | {"egress": self.egress.document(), "waived": sorted(c.value for c in self.waived)}
         plan = [[m.target, m.source.value, m.path, m.read_only, m.exec] for m in mounts.PLAN]
-        document = [VERSION, value, plan, mounts.MASKED, mounts.READ_ONLY, mounts.DEVICES, seccomp.document()]
+        document = [
+            VERSION,
+            value,
+            plan,
+            mounts.MASKED,
+            mounts.READ_ONLY,
+            mounts.DEVICES,
+            seccomp.document(),
+            apparmor.profile(),
+        ]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

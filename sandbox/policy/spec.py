@@ -48,6 +48,7 @@ class ContainerSpec(NamedTuple):
     cgroup: str
     tty: bool = False
     stdin: bool = False
+    label: str = ""  # the AppArmor profile; empty where AppArmor is off
     stack_image: str = ""  # the name under which an engine with images of its own knows the stack
 
     @property

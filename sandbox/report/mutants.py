@@ -39,6 +39,7 @@ class Mutant(NamedTuple):
     host: tuple[tuple[str, str], ...] = ()  # (path, content)
     engines: tuple[str, ...] = ("oci", "docker")
     gentle: bool = False
+    needs: str = ""  # a path without which the clause does not exist on a host
 
     @property
     def rules(self) -> bool:
@@ -47,7 +48,9 @@ class Mutant(NamedTuple):
 
     def impossible(self, wanted: Wanted) -> str:
         """Why this host cannot make the mutant; an empty text when it can."""
-        for missing in (path for path, _ in self.host if not os.path.exists(path)):
+        for missing in (
+            path for path in (*(path for path, _ in self.host), *filter(None, [self.needs])) if not os.path.exists(path)
+        ):
             return f"this kernel has no {missing}"
         for limit in self.weakness.policy(wanted.policy).rlimits:
             hard = resource.getrlimit(getattr(resource, f"RLIMIT_{limit.name}"))[1]
@@ -182,6 +185,10 @@ ALL: tuple[Mutant, ...] = (
            live=weaken.nft("insert rule inet sandbox inward accept", 'add element inet sandbox reply4 {{ "{link}" . 9999 }}'), groups=(), network=True),
     Mutant("helper", "a helper that opens ports", "NET-29 NET-24",
            live=weaken.nft('add ct helper inet sandbox ftp {{ type "ftp" protocol tcp; }}\nadd rule inet sandbox rates tcp dport 21 ct helper set "ftp"'), groups=()),
+    Mutant("no-label", "no AppArmor profile", "KRN-30", needs="/sys/kernel/security/apparmor",
+           weakness=Weakness(oci=lambda d: d["process"].pop("apparmorProfile"),
+                             docker=lambda b: b["HostConfig"].update(
+                                 SecurityOpt=[o for o in b["HostConfig"]["SecurityOpt"] if not o.startswith("apparmor=")] + ["apparmor=unconfined"])), groups=()),
     Mutant("fails-open", "the router routes what no rule has passed", "NET-28", live=weaken.no_routing_rules, groups=(), vanish=True, may="NET-29 NET-23"),
 )  # fmt: skip
 

@@ -186,6 +186,7 @@ def bare_oci(document: Json) -> None:
     found.update(maskedPaths=[], readonlyPaths=[])
     document["root"]["readonly"] = False
     document["process"].update(noNewPrivileges=False, oomScoreAdj=0)
+    document["process"].pop("apparmorProfile", None)
     document["process"]["user"].update(uid=0, gid=0)
     document["process"]["capabilities"] = dict.fromkeys(_SETS, _own_capabilities())
     found["resources"]["devices"] = [{"allow": True, "access": "rwm"}]
@@ -201,7 +202,7 @@ def bare_docker(body: Json) -> None:
         CapDrop=[], OomScoreAdj=0,
         # Docker 20.10 does not know the three newest.
         CapAdd=[n.removeprefix("CAP_") for n in _own_capabilities() if not n.endswith(("_PERFMON", "_BPF", "_RESTORE"))],
-        SecurityOpt=["seccomp=unconfined"], ReadonlyRootfs=False, MaskedPaths=[], ReadonlyPaths=[],
+        SecurityOpt=["seccomp=unconfined", "apparmor=unconfined"], ReadonlyRootfs=False, MaskedPaths=[], ReadonlyPaths=[],
     )  # fmt: skip
     body["HostConfig"]["Mounts"] = [m for m in body["HostConfig"]["Mounts"] if not m["Target"].startswith("/sys")]
 

@@ -120,7 +120,7 @@ def _build(guest: dict, image: Image, say: Say) -> None:
                 "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"', "--aptopt=Acquire::Retries 3",
                 "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
                 "--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
-                f"--setup-hook={RECIPE}/root-setup \"$1\"", f"--customize-hook={RECIPE}/root-finish \"$1\"",
+                f'--setup-hook={RECIPE}/root-setup "$1"', f'--customize-hook={RECIPE}/root-finish "$1"',
                 f"--include={','.join(packages)}", guest["suite"], str(tree),
                 env={"SUITE": guest["suite"], "BACKPORTS": " ".join(guest.get("backports", [])), "TMPDIR": str(work)},
             )  # fmt: skip

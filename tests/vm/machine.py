@@ -142,9 +142,9 @@ class Machine:
         words = argv(image, payload, accel, self.console, f"sandbox.run={self._nonce} {append}")
         self._log = (folder / "qemu.log").open("wb")
         self._begin = time.monotonic()
-        # Its own session: a Ctrl-C ends us, and we end it. TMPDIR: where its writes go.
+        # Its own session: a Ctrl-C ends us, and we end it; the kernel does when we are killed. TMPDIR: where its writes go.
         self._qemu = subprocess.Popen(
-            [*words, *ports], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
+            ["setpriv", "--pdeathsig=KILL", *words, *ports], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             env={**os.environ, "TMPDIR": str(folder)},
         )  # fmt: skip
         self._links: list[socket.socket] = []

@@ -72,10 +72,12 @@ def _label(facts: Facts) -> Iterator[Fact]:
     if not active:
         yield absent("/sys/kernel/security/lsm", modules or "no such file", "this kernel runs no labelling module")
         return
-    label = (read_host(f"/proc/{facts.pid}/attr/current") or "").strip("\0 ")
+    label = observe.label(facts.pid)
     yield kernel(
         f"{active[0]} label, read back after exec", "a profile in force", label or "none", holds=confines(label)
     )
+    if active[0] == "apparmor" and not facts.is_itself:
+        yield from facts.clause(Clause.LABEL, lambda: f"all processes: {label}")
 
 
 def confines(label: str) -> bool:
@@ -253,7 +255,7 @@ ROWS = (
     Row("KRN-29", Area.KERNEL, "cannot use the emergency keys", "This app cannot trigger reboots or dumps by file.",
         SERIOUS, "CVE-2025-52881", _FIX, _NONE, _sysrq, clause=Clause.MOUNTS),
     Row("KRN-30", Area.KERNEL, "a security label in force", "A second, independent wall stands around files.", MODERATE,
-        "CIS-Docker:5.2 CIS-Docker:5.3 CVE-2025-52881", "install AppArmor", _NONE, _label),
+        "CIS-Docker:5.2 CIS-Docker:5.3 CVE-2025-52881", "apt-get install apparmor, then restart the dyno", _NONE, _label, clause=Clause.LABEL),
     Row("KRN-31", Area.KERNEL, "known kernel holes", "Holes that others escaped through are fixed or out of reach.",
         SERIOUS, "NIST-800-190:3.5.3 NIST-800-190:4.5.3", "upgrade the kernel", "a reboot", _holes),
     Row("KRN-32", Area.KERNEL, "processor holes are mitigated", "The processor's known leaks are closed where they can be.",

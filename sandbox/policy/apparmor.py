@@ -1,0 +1,42 @@
+"""The AppArmor profile of a dyno: a second wall that does not know of mounts, namespaces or system-call numbers.
+
+It repeats promises that other clauses keep, by other code of the kernel: no capability, no mount, no raw sockets, no
+way to another profile, and no write to the kernel's switches even if a mask over /proc is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+# What a program needs is allowed as a whole and kernel switches are denied by path: a deny wins, whatever the order.
+# Named in neither: capability, mount, umount, pivot_root, change_profile, and so denied.
+_BODY = """
+  file,
+  network inet,
+  network inet6,
+  network unix,
+  network netlink,
+  deny network packet,
+  deny network raw,
+  unix,
+  signal (receive),
+  signal (send) peer=@{profile_name},
+  ptrace (read, readby) peer=@{profile_name},
+  deny @{PROC}/sys/** wkl,
+  deny @{PROC}/sysrq-trigger rwkl,
+  deny @{PROC}/kcore rwkl,
+  deny @{PROC}/mem rwkl,
+  deny /sys/** wkl,
+"""
+
+
+def name() -> str:
+    """Its name in the kernel. The digest is part of it: another release has another profile."""
+    return f"sandbox-dyno-{hashlib.sha256(_BODY.encode()).hexdigest()[:12]}"
+
+
+def profile() -> str:
+    """The text for apparmor_parser(8)."""
+    flags = "attach_disconnected,mediate_deleted"
+    body = _BODY.replace("@{profile_name}", name()).replace("@{PROC}", "/proc")
+    return f"abi <abi/3.0>,\nprofile {name()} flags=({flags}) {{{body}}}\n"
