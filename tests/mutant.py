@@ -44,6 +44,11 @@ def no_seccomp() -> None:
     _edit_docker(lambda h, _: h.update(SecurityOpt=["no-new-privileges", "seccomp=unconfined"]))
 
 
+def no_label() -> None:
+    _edit_oci(lambda c: c["process"].pop("apparmorProfile"))
+    _edit_docker(lambda h, _: h.update(SecurityOpt=[*h["SecurityOpt"][:2], "apparmor=unconfined"]))
+
+
 def no_mask() -> None:
     _edit_oci(lambda c: c["linux"].update(maskedPaths=[], readonlyPaths=[]))
     _edit_docker(lambda h, _: h.update(MaskedPaths=[], ReadonlyPaths=[]))

@@ -95,6 +95,16 @@ class Namespace:
         subprocess.run(["umount", "-l", str(self.path)], check=False)
 
 
+class Own(Namespace):
+    """The network namespace that we are in."""
+
+    def __init__(self) -> None:
+        self.path = Path(f"/proc/{os.getpid()}/ns/net")
+
+    def close(self) -> None:
+        """It outlives the tests; its links ended with their peers."""
+
+
 class Listeners:
     """Answers every connection and datagram with a line, and remembers who came: {(protocol, port): sources}."""
 
@@ -281,11 +291,13 @@ class World:
 
     current: World
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *, own: bool = False) -> None:
+        """``own``: the host is the caller's own network namespace. Only for a machine that is there for the tests."""
         World.current = self
         self.on_close: list[Callable[[], None]] = []
         base.mkdir(exist_ok=True)
-        self.host, self.outside = Namespace(base / "host"), Namespace(base / "outside")
+        self.host = Own() if own else Namespace(base / "host")
+        self.outside = Namespace(base / "outside")
         self.host.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "lan0", "netns", str(os.getpid()))
         ip("link", "set", "lan0", "netns", str(self.outside.path))
         for where, device, addresses in (

@@ -71,7 +71,7 @@ def _options(function: Any) -> Any:
             click.option("--threshold", type=float, metavar="N", help="Exit code 1 above that exposure."),
             click.option("--strict", is_flag=True, help="Exit code 2 when something is unproven."),
             click.option("--engine", default="auto", show_default=True, metavar="auto|oci|docker"),
-            click.option("--runtime", metavar="runc|crun|runsc"),
+            click.option("--runtime", envvar="SANDBOX_RUNTIME", metavar="runc|crun|runsc"),
             click.option("-s", "--size", default="standard-1x", show_default=True, help="The dyno size of a twin."),
             click.option("--egress", metavar="WHAT", help="The egress of a twin; default: the app's own."),
             click.option("--smtp", is_flag=True, help="The twin may reach port 25."),

@@ -36,7 +36,7 @@ MAX_ENV_BYTES = 64 * 1024
 @click.option("-e", "--env", "env", multiple=True, metavar="K=V", help="A config var of this run (repeatable).")
 @click.option("--env-file", metavar="FILE", help="Config vars, one K=V a line.")
 @click.option("--engine", default="auto", show_default=True, metavar="auto|oci|docker")
-@click.option("--runtime", metavar="runc|crun|runsc", help="The OCI runtime.")
+@click.option("--runtime", envvar="SANDBOX_RUNTIME", metavar="runc|crun|runsc", help="The OCI runtime.")
 @click.option(
     "--waive", multiple=True, metavar="CLAUSE", help="Start although this clause is not enforced (repeatable)."
 )

@@ -331,7 +331,7 @@ def _label(subject: Subject) -> Iterator[tuple[str, str]]:
     elif not apparmor.loaded(wanted):
         yield f"{wanted} enforced", "the kernel does not enforce it"
     for pid, label in living(subject, observe.label):
-        # crun stacks it upon its own, which confines nothing: crun//&sandbox-dyno-1 (mixed). Each of a stack must agree.
+        # crun stacks it upon its own, which confines nothing: "crun//&sandbox-dyno (mixed)". Each must agree.
         if wanted not in label.rpartition(" (")[0].split("//&"):
             yield f"{wanted} in force", f"process {pid}: {label or 'none'}"
 

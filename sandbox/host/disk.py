@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +21,7 @@ from sandbox.errors import HostError
 from sandbox.host import journal as journals
 from sandbox.host import syscalls as sys
 from sandbox.host.journal import Journal
+from sandbox.host.stack import identity
 from sandbox.policy.policy import Policy
 from sandbox.policy.spec import SlotPaths
 from sandbox.units import format_bytes
@@ -132,7 +135,70 @@ def hold_layer(config: Config, journal: Journal, image: str) -> str:
         os.makedirs(target, mode=0o755, exist_ok=True)
         if not is_mount(target):
             mount_image(image, target, "squashfs", read_only=True)
+            if _kernel() < _MAPPED_SQUASHFS:
+                mount_image(_copy(image, target), target, "ext4", read_only=True)
     return target
+
+
+# Linux 6.2 maps the owners of a squashfs mount, 5.12 those of an ext4 mount.
+_MAPPED_SQUASHFS = (6, 2)
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(re.split(r"\D", minor)[0])
+
+
+def _copy(image: str, tree: str) -> str:
+    """The same tree as an ext4 image, made when it is first needed. ``tree``: where the squashfs image is mounted.
+
+    It lies beside the image, with the identity that it had when it was made: whatever was done to it since, it is made
+    anew, from an image that was checked.
+    """
+    path = image.removesuffix(".squashfs") + ".ext4"
+    seal = f"{path}.json"
+    try:
+        with open(seal, encoding="utf-8") as file:
+            if json.load(file) == identity(path):
+                return path
+    except (FileNotFoundError, ValueError):
+        pass
+    draft = f"{path}.new"
+    used = count = 0
+    for folder, folders, names in os.walk(tree):
+        count += len(folders) + len(names)
+        used += sum((os.lstat(f"{folder}/{name}").st_size + 8191) // 4096 * 4096 for name in (*folders, *names))
+    try:
+        with open(draft, "wb") as out:
+            os.ftruncate(out.fileno(), used + count * 512 + (16 << 20))
+        hostcmd.run(
+            [
+                *(
+                    hostcmd.require("mkfs.ext4", "e2fsprogs"),
+                    "-q",
+                    "-F",
+                    "-m",
+                    "0",
+                    "-N",
+                    str(count + 64),
+                    "-b",
+                    "4096",
+                ),
+                *("-O", "^has_journal,^resize_inode", "-d", tree, "-E", "root_owner=0:0", draft),
+            ],
+            timeout_s=600,
+        )
+        # An app would find it in its folder.
+        hostcmd.run([hostcmd.require("debugfs", "e2fsprogs"), "-w", "-R", "rmdir /lost+found", draft])
+        os.chmod(draft, 0o400)
+        os.rename(draft, path)
+    finally:
+        if os.path.exists(draft):
+            os.unlink(draft)
+    with open(f"{seal}.new", "w", encoding="utf-8") as file:
+        json.dump(identity(path), file)
+    os.rename(f"{seal}.new", seal)
+    return path
 
 
 def release_layer(config: Config, journal: Journal, target: str) -> None:
@@ -252,8 +318,8 @@ def _clone_slug(layer: str, target: str, userns_fd: int) -> None:
         if error.errno != errno.EINVAL:
             raise
         raise HostError(
-            "this kernel cannot map the owners of a squashfs mount (Linux 6.2 and newer can).",
-            hint="use a kernel of 6.2 or newer; Debian 12 has one in its backports.",
+            "this kernel cannot map the owners of a mount.",
+            hint="Linux 5.12 and newer can; sandbox doctor says what else is missing.",
         ) from error
 
 
