@@ -18,9 +18,11 @@ def command(context: Context, *, as_json: bool) -> None:
 
     Living dynos and everything that is not this instance's are left alone.
     """
+    from sandbox.report.twin import forsaken
+
     config = context.config
     config.make_folders()
-    done, swept = reclaim(config), sweep(config)
+    done, swept = reclaim(config), [*sweep(config), *forsaken(config)]
     if as_json:
         click.echo(
             json.dumps(

@@ -33,7 +33,7 @@ from sandbox.firewall.layout import (
 from sandbox.host import journal, netns
 from sandbox.host import syscalls as sys
 from sandbox.host.netlink import IFF_NOARP, IFF_UP, MAIN, Netlink, Rule
-from sandbox.host.nft import Nft
+from sandbox.host.nft import Nft, NftError
 from sandbox.policy import egress
 from sandbox.policy.egress import RESOLVER
 
@@ -336,7 +336,7 @@ def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
         net.rule(_host_rule(layout))
         for where in _foreign_chains(host_nft):
             if not _accepted(layout, host_nft, where):
-                host_nft.run(_forget_accepts(layout, host_nft, where) + _accepts(layout, where))
+                _accept(layout, host_nft, where)
         _wire(layout, net, inner)
     finally:
         for item in (nft, host_nft, inner, net):
@@ -346,6 +346,21 @@ def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
 def _switched(state: Json) -> list[str]:
     """The devices that forward because of us alone; none, once somebody has switched the whole host on."""
     return [] if netns.read_sysctl("ipv4/ip_forward") == "1" else sorted(state["sysctls"])
+
+
+def _accept(layout: Layout, nft: Nft, where: tuple[str, str, str]) -> None:
+    """Our accept in another firewall's chain; HostError when that table is closed to everybody but its owner."""
+    try:
+        nft.run(_forget_accepts(layout, nft, where) + _accepts(layout, where))
+    except NftError as error:
+        if "Operation not permitted" not in error.message:
+            raise
+        # nftables since 6.9 refuses every change of a table with the flag `owner` by another than its maker.
+        raise HostError(
+            f"table {where[0]} {where[1]} refuses what it does not know, and nobody but its owner may change it: the "
+            "dynos would have no network.",
+            hint="firewalld: set NftablesTableOwner=no in /etc/firewalld/firewalld.conf and reload it.",
+        ) from error
 
 
 def _accepts(layout: Layout, where: tuple[str, str, str]) -> str:

@@ -7,6 +7,7 @@ customer, and a crash of ours is reclaimed like any other run's.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from sandbox.engine.oci import OciEngine
 from sandbox.errors import EngineError, HostError
 from sandbox.firewall import guard, router
 from sandbox.firewall.layout import Layout, link_name
-from sandbox.host import observe
+from sandbox.host import disk, observe
 from sandbox.host.cgroup import Cgroup
 from sandbox.host.stack import Stack
 from sandbox.policy.policy import Policy
@@ -262,6 +263,45 @@ def instance(home: Config) -> Iterator[Config]:
         finally:
             os.close(lock)
     raise HostError("16 reports are made at the same time.", hint="wait for one of them.")
+
+
+def forsaken(home: Config) -> list[str]:
+    """Removes what reports left that were killed: their stages, and what is left of their twins; returns which."""
+    removed = []
+    for stage in glob.glob(f"{home.run_dir}/stage-*"):
+        if time.time() - os.stat(stage).st_mtime < 10:
+            continue  # made just now, perhaps not locked yet
+        with _free(stage) as free:
+            if free:
+                for path in glob.glob(f"{stage}/*"):
+                    disk.unmount(path)
+                shutil.rmtree(stage)
+                removed.append(stage)
+    for lock in glob.glob(f"{home.state_dir}/twins/*.lock"):
+        number = os.path.basename(lock).removesuffix(".lock")
+        with _free(lock) as free:
+            config = home._replace(
+                state_dir=f"{home.state_dir}/twins/{number}", run_dir=f"{home.run_dir}/twins/{number}", linger_s=5
+            )
+            if free and os.path.isdir(config.run_dir):
+                config.make_folders()
+                removed += [name for name, _ in reclaim(config)]
+                if os.path.isdir(Layout(config).folder):
+                    remove_router(config)
+    return removed
+
+
+@contextmanager
+def _free(path: str) -> Iterator[bool]:
+    """Whether nobody holds the lock on a file or folder; for as long as the block runs, we do."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
 
 
 def _prepared(home: Config, state: str, run: str) -> Iterator[Config]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -107,6 +108,10 @@ def stage(home: Config) -> Iterator[tuple[Config, Stage]]:
     sys.unshare(sys.CLONE_NEWNET)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stage-", dir=home.run_dir))
+        # Held as long as we live: see twin.forsaken.
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         place = Stage(folder)
         stack.callback(place.close)
         config = stack.enter_context(twins.instance(home))

@@ -164,12 +164,14 @@ FIREWALLS = {
         ("systemctl", "stop", "firewalld"),
     ),
 }
+SETTINGS = Path("/etc/firewalld/firewalld.conf")
 
 
 @pytest.mark.parametrize("name", FIREWALLS)
 def test_beside_another_firewall_the_wall_stands_and_the_app_works(instance, name):
     start, reload, stop = FIREWALLS[name]
-    world = World.current
+    if name == "firewalld":
+        SETTINGS.write_text(SETTINGS.read_text().replace("NftablesTableOwner=yes", "NftablesTableOwner=no"))
     targets = [("tcp", PUBLIC, 80), ("tcp", PRIVATE, 80), ("tcp", METADATA, 80), ("udp", METADATA, 80)]
     run(*start)
     try:
@@ -180,9 +182,27 @@ def test_beside_another_firewall_the_wall_stands_and_the_app_works(instance, nam
                     # Its reload takes our accept out of its chain: the guard puts it back.
                     wait_for(lambda: cell.attempt(targets[:1], wait=1), 30, "the way out after the reload")
                 assert cell.attempt(targets, wait=3) == {("tcp", PUBLIC, 80)}, (name, when)
-                assert not [seen for seen in world.listeners.seen if PRIVATE in seen or METADATA in seen]
+                assert not [seen for seen in World.current.listeners.seen if PRIVATE in seen or METADATA in seen]
     finally:
         run(*stop)
+
+
+def test_a_firewall_that_lets_nobody_in_refuses_the_start(instance):
+    """Debian 13's firewalld owns its table (flags owner, persist): no accept of ours can be put into it."""
+    if "NftablesTableOwner" not in SETTINGS.read_text():
+        assert "bookworm" in Path("/etc/os-release").read_text()  # its firewalld knows no such flag
+        return
+    SETTINGS.write_text(SETTINGS.read_text().replace("NftablesTableOwner=no", "NftablesTableOwner=yes"))
+    instance.remove_network()
+    run("systemctl", "start", "firewalld")
+    try:
+        assert "flags owner" in run("nft", "list", "ruleset")
+        done = instance("run", "-q", "--engine", "oci", str(EXAMPLES / "shell"), "--", "echo", "ran")
+        assert done.status == 125, done
+        assert "NftablesTableOwner=no" in done.err
+        assert "ran" not in done.out.split()
+    finally:
+        run("systemctl", "stop", "firewalld")
 
 
 @contextlib.contextmanager
@@ -210,3 +230,16 @@ def test_every_packet_of_ours_survives_a_flush_by_somebody_else(instance):
     with sleeping(instance, "oci"):
         run("nft", "flush", "ruleset")
         wait_for(lambda: "table inet sandbox" in run("nft", "list", "ruleset"), 20, "our table in the host")
+
+
+def test_gvisor_is_refused_by_clause_and_runs_when_they_are_waived(instance):
+    app = str(EXAMPLES / "shell")
+    refused = instance("run", "-q", "--engine", "oci", "--runtime", "runsc", app, "--", "true")
+    assert refused.status == 125, refused
+    waived = [word for word in refused.err.split("accept it by name: ")[1].split() if word != "--waive"]
+    assert "seccomp" in waived
+    options = [word for name in waived for word in ("--waive", name)]
+    done = instance(
+        "run", "--raw", "-q", "--engine", "oci", "--runtime", "runsc", *options, app, "--", "ls", "/app", timeout=200
+    )
+    assert (done.status, done.out.split()) == (0, ["report.sh"]), done
