@@ -16,7 +16,7 @@ TEST_PROGRAMS := dockerd docker gcc ip ss iptables conntrack sysctl pgrep chromi
 # Since Debian 13 the client is a package of its own.
 TEST_PACKAGES := docker.io chromium chromium-driver gcc libc6-dev iproute2 iptables conntrack procps $$(apt-cache show docker-cli >/dev/null 2>&1 && echo docker-cli)
 
-.PHONY: run setup setup-test host stack venv test check unit root security bench clean install help
+.PHONY: run setup setup-test host stack venv test test-vm vm-shell vm-host parity check unit root security bench clean install help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -65,6 +65,22 @@ setup-test: setup $(VENV)/.dev
 ## make test             set up what is missing, then every test tier that this machine can run
 test: setup-test check
 	$(BIN)/python -m pytest tests/root tests/security
+	@$(MAKE) --no-print-directory test-vm
+
+## make test-vm          boot Debian 13 and Debian 12 under QEMU and prove the same there; about half an hour
+test-vm: setup-test vm-host
+	$(BIN)/python -m pytest tests/vm
+
+## make vm-shell         a login in the same guest (GUEST=debian-12 for the other)
+vm-shell: setup-test vm-host
+	$(BIN)/python -m tests.vm shell $(or $(GUEST),debian-13)
+
+## make parity           write docs/PARITY.md from the last run of make test-vm
+parity: setup-test
+	$(BIN)/python -m tests.vm parity
+
+vm-host:
+	@images/vm/install-qemu
 
 ## make check            format, lint, types, import contracts, unit tests; no root
 check: $(VENV)/.dev

@@ -1,13 +1,18 @@
-"""``python -m tests.vm build|run|shell [GUEST]``: makes a guest's image, runs its tests, or gives a login in it."""
+"""``python -m tests.vm build|run|shell|parity [GUEST [KERNEL WORDS]]``: an image, its tests, a login, the table.
+
+The kernel word ``sandbox.only=STEP,STEP`` runs some steps of a guest only.
+"""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.vm import image, machine, payload
+from tests.conftest import default_state
+from tests.vm import image, machine, parity, payload
 
 
 def say(line: str) -> None:
@@ -15,6 +20,11 @@ def say(line: str) -> None:
 
 
 def main(verb: str, name: str = "debian-13", append: str = "") -> int:
+    if verb == "parity":
+        results = default_state() / "vm" / "results"
+        parity.DOCUMENT.write_text(parity.render({name: results / name / "results" for name in image.guests()}))
+        say(f"wrote {parity.DOCUMENT}")
+        return 0
     try:
         if name not in image.guests():
             raise image.ImageError(f"there is no guest {name!r}: {', '.join(image.guests())}")
@@ -30,8 +40,9 @@ def main(verb: str, name: str = "debian-13", append: str = "") -> int:
                 return subprocess.call(machine.argv(made, disk, accel, None, append))
             with machine.Machine(made, disk, folder, accel, say, append) as guest:
                 verdict = guest.wait(3600)
-                kept = Path("/tmp") / f"sandbox-vm-{name}"
-                subprocess.run(["cp", "-a", "--", f"{verdict.results}/.", str(guest.console), str(kept)], check=False)
+                kept = default_state() / "vm" / "results" / name / "results"
+                shutil.rmtree(kept, ignore_errors=True)
+                shutil.copytree(verdict.results, kept)
                 say(f"{'passed' if verdict.passed else 'FAILED'} after {verdict.seconds:.0f} s")
                 return int(not verdict.passed)
     except (image.ImageError, machine.MachineError) as error:

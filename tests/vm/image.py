@@ -61,7 +61,7 @@ def ensure(name: str, say: Say, cache: Path | None = None) -> Image:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if reason := _unusable(image):
+            if reason := unusable(image):
                 say(f"{name}: {reason}")
                 _build(guest, image, say)
                 for old in cache.glob(f"{name}-*"):
@@ -72,11 +72,10 @@ def ensure(name: str, say: Say, cache: Path | None = None) -> Image:
     return image
 
 
-def _unusable(image: Image) -> str:
+def unusable(image: Image) -> str:
     """Why the cached image is not used; empty when it is. A file is hashed when it is not the one hashed before."""
-    seal = image.root.parent / "seal.json"
     try:
-        known = json.loads(seal.read_text())
+        known = json.loads((image.root.parent / "seal.json").read_text())
         for path in (image.root, image.kernel, image.initrd):
             identity, digest = known[path.name]
             if stack.identity(str(path)) != identity and _digest(path) != digest:
@@ -86,6 +85,13 @@ def _unusable(image: Image) -> str:
     except (ValueError, KeyError):
         return "the cache is damaged: the image is built anew"
     return ""
+
+
+def seal(image: Image) -> None:
+    """Writes down what the files are, for the next time."""
+    files = (image.root, image.kernel, image.initrd)
+    known = {path.name: [stack.identity(str(path)), _digest(path)] for path in files}
+    (image.root.parent / "seal.json").write_text(json.dumps(known))
 
 
 def _digest(path: Path) -> str:
@@ -129,10 +135,7 @@ def _build(guest: dict, image: Image, say: Say) -> None:
                 shutil.copyfile(next((tree / "boot").glob(pattern)), work / path.name)
             _run("mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(work / image.root.name), _SIZE)
         shutil.rmtree(tree)
-        seal = {}
-        for path in (image.root, image.kernel, image.initrd):
-            seal[path.name] = [stack.identity(str(work / path.name)), _digest(work / path.name)]
-        (work / "seal.json").write_text(json.dumps(seal))
+        seal(image._replace(root=work / "root.img", kernel=work / "vmlinuz", initrd=work / "initrd.img"))
         work.rename(image.root.parent)
     except StopIteration as error:
         raise ImageError(f"{image.guest}: no kernel image came with its packages (images/vm/guests.toml).") from error
