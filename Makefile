@@ -65,9 +65,8 @@ setup-test: setup $(VENV)/.dev
 ## make test             set up what is missing, then every test tier that this machine can run
 test: setup-test check
 	$(BIN)/python -m pytest tests/root tests/security
-	@$(MAKE) --no-print-directory test-vm
 
-## make test-vm          boot Debian 13 and Debian 12 under QEMU and prove the same there; about half an hour
+## make test-vm          boot Debian 13 and Debian 12 under QEMU and prove the same there; about half an hour (not part of `make test` yet)
 test-vm: setup-test vm-host
 	$(BIN)/python -m pytest tests/vm
 

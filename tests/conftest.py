@@ -242,7 +242,8 @@ def census(instance: Instance) -> list[str]:
                 found.append(f"process {name} {arguments[:80]!r}")
     for folder in (config.dynos_dir, config.layers_dir, config.runtime_dir, config.journal_dir):
         if os.path.isdir(folder):
-            found += [f"{folder}/{name}" for name in os.listdir(folder)]
+            # crun keeps a cache of compiled filters beside its containers.
+            found += [f"{folder}/{name}" for name in os.listdir(folder) if name != ".cache"]
     if os.path.isdir(config.disks_dir):
         found += [f"disk {name}" for name in os.listdir(config.disks_dir) if name.startswith("sbx-")]
     if os.path.isdir("/run/sandbox-uids"):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 
 # What a program needs is allowed as a whole and kernel switches are denied by path: a deny wins, whatever the order.
-# Named in neither: capability, mount, umount, pivot_root, change_profile, and so denied.
+# Netlink as a whole: the C library asks for addresses on a raw netlink socket. Named in neither: capability, raw and
+# packet sockets, mount, umount, pivot_root, change_profile, and so denied.
 _BODY = """
   file,
-  network inet,
-  network inet6,
+  network inet stream,
+  network inet dgram,
+  network inet6 stream,
+  network inet6 dgram,
   network unix,
   network netlink,
-  deny network packet,
-  deny network raw,
   unix,
   signal (receive),
   signal (send) peer=@{profile_name},

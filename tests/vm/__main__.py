@@ -22,7 +22,9 @@ def say(line: str) -> None:
 def main(verb: str, name: str = "debian-13", append: str = "") -> int:
     if verb == "parity":
         results = default_state() / "vm" / "results"
-        parity.DOCUMENT.write_text(parity.render({name: results / name / "results" for name in image.guests()}))
+        parity.DOCUMENT.write_text(
+            parity.render({name: path for name in image.guests() if (path := results / name / "results").exists()})
+        )
         say(f"wrote {parity.DOCUMENT}")
         return 0
     try:

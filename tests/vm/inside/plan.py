@@ -57,7 +57,7 @@ _FILES = " ".join(
 )
 _SECURITY = f"{_PYTEST} {_FILES} -k '{_CORE}'"
 # A host has a way out; the guest gets one that ends in itself.
-_ROUTE = "ip link add way0 type dummy; ip address add 192.0.2.2/24 dev way0; ip link set way0 up; ip route add default via 192.0.2.1"
+_ROUTE = "ip link del way0 2>/dev/null || true; ip link add way0 type dummy; ip address add 192.0.2.2/24 dev way0; ip link set way0 up; ip route add default via 192.0.2.1"
 _NO_ROUTE = "ip link del way0 || true"
 
 STEPS = (

@@ -49,7 +49,9 @@ def sleeping(instance: Instance, engine: str):
     before = set(instance.run_dir.glob("dynos/*/record.json"))
     dyno = instance.start("run", "--raw", "-q", "--engine", engine, str(EXAMPLES / "shell"), "--", "sleep", "600")
     try:
-        found = wait_for(lambda: set(instance.run_dir.glob("dynos/*/record.json")) - before, 120, "the dyno")
+        found = wait_for(
+            lambda: set(instance.run_dir.glob("dynos/*/record.json")) - before, 400, "the dyno"
+        )  # Docker imports the stack at the first
         yield dyno, json.loads(found.pop().read_text())
     finally:
         if dyno.poll() is None:
