@@ -526,6 +526,13 @@ def die_at() -> None:
         setattr(dyno, name, after)
 
 
+def no_mapped_squashfs() -> None:
+    """As on Linux before 6.2."""
+    from sandbox.host import disk
+
+    disk._MAPPED_SQUASHFS = (99, 0)
+
+
 def main() -> None:
     names = [name.replace("-", "_") for name in sys.argv[1].split("+")]
     for name in names:

@@ -6,6 +6,7 @@ us; if it is killed, the container lives on without an exit status, and we say s
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import select
@@ -95,7 +96,7 @@ class OciEngine:
                 f"{folder}/conmon.pid",
             ),
             *("--exit-dir", exits, "--socket-dir-path", folder, "--full-attach", "-l", "none", "--log-level", "error"),
-            *(word for flag in self._flags for word in ("--runtime-arg", flag)),
+            *(word for flag in (*self._flags, *self._log(folder)) for word in ("--runtime-arg", flag)),
             *(("-t",) if spec.tty else ()),
             *(("-i",) if spec.stdin else ()),
         ]
@@ -106,6 +107,11 @@ class OciEngine:
         except (OSError, ValueError) as error:
             raise EngineError("conmon ended before the container was made.", hint="sandbox doctor") from error
         return Container(spec.container_id, pid)
+
+    def _log(self, folder: str) -> tuple[str, ...]:
+        # conmon gives runc the container's stderr: what runc 1.1.10 warns of (a user namespace by path and by mapping,
+        # which 1.1.5 demands) would stand in the app's own output. A fatal error is still said there.
+        return (f"--log={folder}/runc.log",) if self.runtime == "runc" else ()
 
     def _spawn(self, argv: list[str], folder: str) -> int:
         """Runs conmon up to the moment where it says on its sync pipe that the container exists."""
@@ -211,11 +217,13 @@ class OciEngine:
             # conmon ends by itself once it wrote the exit status; its runtime child must not outlive it half-way.
             select.select([shim], [], [], 5.0)
             os.close(shim)
+        if self.runtime == "runsc":
+            # Its kernel and its file server are processes of their own; its state is files beside the others'.
+            self._run("delete", "--force", container_id, check=False)
+            for path in glob.glob(f"{state}_sandbox:*"):
+                os.unlink(path)
         if not os.path.isdir(state):
             return
-        if self.runtime == "runsc":
-            # Its kernel and its file server are processes of their own.
-            self._run("delete", "--force", container_id, check=False)
         # For runc and crun a container is its cgroup, which the caller emptied and removes, and this folder.
         for name in os.listdir(state):
             os.unlink(f"{state}/{name}")

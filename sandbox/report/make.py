@@ -32,13 +32,7 @@ Progress = Callable[[str], None]
 _PROOF_AGE_S = 7 * 86400
 
 
-def live(
-    config: Config,
-    record: Record,
-    *,
-    mode: str = "live",
-    around: Surroundings | None = None,
-) -> Made:
+def live(config: Config, record: Record, *, mode: str = "live", around: Surroundings | None = None) -> Made:
     """What the kernel says of a live dyno now. Nothing in it is touched but its init, which stands still for a moment.
 
     A dyno that ends meanwhile makes the rest unproven, and no error. Results of an attacked twin of the same policy,

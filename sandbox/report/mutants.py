@@ -48,10 +48,9 @@ class Mutant(NamedTuple):
 
     def impossible(self, wanted: Wanted) -> str:
         """Why this host cannot make the mutant; an empty text when it can."""
-        for missing in (
-            path for path in (*(path for path, _ in self.host), *filter(None, [self.needs])) if not os.path.exists(path)
-        ):
-            return f"this kernel has no {missing}"
+        for path in (*dict(self.host), self.needs):
+            if path and not os.path.exists(path):
+                return f"this kernel has no {path}"
         for limit in self.weakness.policy(wanted.policy).rlimits:
             hard = resource.getrlimit(getattr(resource, f"RLIMIT_{limit.name}"))[1]
             if 0 <= hard < limit.hard:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from tests.conftest import EXAMPLES, ROOT, Instance, wait_for
+from tests.conftest import EXAMPLES, ROOT, Instance, census, make_instance, wait_for
 from tests.security.cell import Cell, hold_guard, router, web_app
 
 SCHEMA = json.loads((ROOT / "sandbox" / "report" / "schema.json").read_text())
@@ -419,3 +420,28 @@ def test_no_report_leaves_anything_behind(sandbox, full):
     mounts = Path("/proc/self/mountinfo").read_text()
     assert f"{sandbox.run_dir}/twins" not in mounts
     assert f"{sandbox.run_dir}/stage" not in mounts
+
+
+@pytest.mark.timeout(200)
+def test_gc_removes_what_a_killed_report_left(home, docker_host):
+    instance = make_instance(home, "killed")
+    report = instance.start("report", "-q", str(EXAMPLES / "shell"), start_new_session=True)
+    twin = instance.run_dir / "twins" / "0" / "dynos"
+    wait_for(lambda: list(twin.glob("*/record.json")), 90, "the twin")
+    os.killpg(report.pid, signal.SIGKILL)
+    report.communicate()
+    stages = list(instance.run_dir.glob("stage-*"))
+    # The control: it did leave something.
+    assert stages
+    assert list(twin.iterdir())
+    for stage in stages:
+        os.utime(stage, (0, 0))  # younger ones are left alone: they may be of a report that begins
+    done = instance("gc")
+    assert done.status == 0, done
+    assert str(stages[0]) in done.out
+    assert not list(instance.run_dir.glob("stage-*"))
+    assert not list(twin.iterdir())
+    mounts = Path("/proc/self/mountinfo").read_text()
+    assert str(instance.run_dir) not in mounts
+    assert census(instance) == []
+    assert "Nothing was left behind" in instance("gc").out

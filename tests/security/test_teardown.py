@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import EXAMPLES, census, make_instance, unmount_below, wait_for
+from tests.conftest import EXAMPLES, census, default_state, make_instance, unmount_below, wait_for
 
 SHELL = str(EXAMPLES / "shell")
 
@@ -223,3 +223,34 @@ def test_a_docker_daemon_that_dies_is_said_and_cleaned_up_later(home):
         second.send_signal(signal.SIGTERM)
         second.wait(30)
         unmount_below(base)
+
+
+TREE = "stat -c '%U %a %F' / /usr/bin/env /etc/passwd /app/report.sh; cat /app/report.sh | sha256sum; ls -a / | tr '\\n' ' '"
+
+
+def test_images_are_copied_where_squashfs_maps_no_owners(home, docker_host, engine):
+    """As on Linux 6.1: the same tree with the same owners, kept for the next dyno, and made anew when it was touched."""
+    instance = make_instance(home, f"old-{engine}", docker_host)
+    (instance.state / "stack").unlink()
+    shutil.copytree(default_state() / "stack", instance.state / "stack")
+    for index in (instance.state / "stack").glob("*.json"):
+        index.write_text(index.read_text().replace(f"{default_state()}/stack", f"{instance.state}/stack"))
+    words = ("run", "--raw", "-q", "--engine", engine, str(EXAMPLES / "shell"), "--", "sh", "-c", TREE)
+    usual = instance(*words)
+    assert usual.status == 0, usual
+    assert not list(instance.state.rglob("*.ext4.json"))
+    copied = instance(*words, mutant="no_mapped_squashfs", timeout=300)
+    assert (copied.status, copied.out) == (0, usual.out), copied
+    copies = [Path(str(seal).removesuffix(".json")) for seal in instance.state.rglob("*.ext4.json")]
+    assert len(copies) == 2  # the stack and the app
+    made = {path: path.stat().st_ino for path in copies}
+    assert instance(*words, mutant="no_mapped_squashfs").out == usual.out
+    assert {path: path.stat().st_ino for path in copies} == made
+    for path in copies:
+        path.chmod(0o600)
+        with path.open("r+b") as file:
+            file.write(b"\0" * 65536)
+    again = instance(*words, mutant="no_mapped_squashfs", timeout=300)
+    assert (again.status, again.out) == (0, usual.out), again
+    assert not made.items() & {path: path.stat().st_ino for path in copies}.items()
+    assert census(instance) == []

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from tests.conftest import ROOT, default_state
@@ -30,7 +31,8 @@ def make(folder: Path, python: str) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
     shutil.copytree(_wheels(python), tree / "wheels")
-    (tree / "testing.txt").write_text(_testing())
+    for wheel in _wheels(python, testing=True).iterdir():
+        zipfile.ZipFile(wheel).extractall(tree / "testing")
     _stack(tree / "stack")
     disk = folder / "payload.squashfs"
     pack = ["mksquashfs", str(tree), str(disk), "-quiet", "-no-progress", "-noI", "-noD", "-noF", "-noX", "-all-root"]
@@ -66,25 +68,24 @@ def _testing() -> str:
     return "\n".join(kept) + "\n"
 
 
-def _wheels(python: str) -> Path:
-    """Every wheel that `make setup` and pytest ask for under that Python, downloaded once, checked by their hashes."""
-    wanted = (ROOT / "requirements" / "run.txt").read_text() + _testing()
+def _wheels(python: str, *, testing: bool = False) -> Path:
+    """The wheels that `make setup` asks for under that Python, or pytest's: downloaded once, checked by their hashes."""
+    wanted = _testing() if testing else (ROOT / "requirements" / "run.txt").read_text()
     digest = hashlib.sha256(wanted.encode()).hexdigest()[:16]
     folder = default_state() / "vm" / "wheels" / f"{python}-{digest}"
     if not folder.exists():
         draft = folder.with_suffix(".new")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        (draft / "testing").write_text(_testing())
+        (draft / "wanted").write_text(wanted)
         platforms = [f"--platform=manylinux{name}_x86_64" for name in ("_2_34", "_2_28", "_2_17", "2014")]
         subprocess.run(
             [
                 sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--require-hashes",
-                "--only-binary=:all:", f"--python-version={python}", *platforms, "-d", str(draft),
-                "-r", str(ROOT / "requirements" / "run.txt"), "-r", str(draft / "testing"),
+                "--only-binary=:all:", f"--python-version={python}", *platforms, "-d", str(draft), "-r", str(draft / "wanted"),
             ],
             check=True,
         )  # fmt: skip
-        (draft / "testing").unlink()
+        (draft / "wanted").unlink()
         draft.rename(folder)
     return folder
