@@ -10,7 +10,8 @@ import hashlib
 
 # What a program needs is allowed as a whole and kernel switches are denied by path: a deny wins, whatever the order.
 # Netlink as a whole: the C library asks for addresses on a raw netlink socket. Named in neither: capability, raw and
-# packet sockets, mount, umount, pivot_root, change_profile, and so denied.
+# packet sockets, mount, umount, pivot_root, change_profile, and so denied. A peer is named twice: where the runtime has
+# a profile of its own and no-new-privileges is set, the kernel stacks ours on it, and the label reads crun//&ours.
 _BODY = """
   file,
   network inet stream,
@@ -22,7 +23,9 @@ _BODY = """
   unix,
   signal (receive),
   signal (send) peer=@{profile_name},
+  signal (send) peer=*//&@{profile_name},
   ptrace (read, readby) peer=@{profile_name},
+  ptrace (read, readby) peer=*//&@{profile_name},
   deny @{PROC}/sys/** wkl,
   deny @{PROC}/sysrq-trigger rwkl,
   deny @{PROC}/kcore rwkl,

@@ -445,3 +445,17 @@ def test_gc_removes_what_a_killed_report_left(home, docker_host):
     assert str(instance.run_dir) not in mounts
     assert census(instance) == []
     assert "Nothing was left behind" in instance("gc").out
+
+
+@pytest.mark.timeout(200)
+def test_parity_puts_every_engine_of_this_host_side_by_side(sandbox):
+    columns = sandbox("report", "parity", "-q", "--json", str(EXAMPLES / "shell"), timeout=180).json()
+    for name in ("oci/runc", "docker/runc"):
+        jsonschema.validate(columns[name], SCHEMA)
+        assert columns[name]["summary"]["checks"] >= 120
+        assert red(columns[name]) == set()
+    # A runtime that cannot keep a clause here has no column, but the reason.
+    others = {name: column for name, column in columns.items() if name not in ("oci/runc", "docker/runc")}
+    assert set(others) <= {"oci/crun", "oci/runsc"}
+    for column in others.values():
+        assert "cannot enforce the policy here" in column

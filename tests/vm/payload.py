@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -74,9 +75,8 @@ def _wheels(python: str, *, testing: bool = False) -> Path:
     digest = hashlib.sha256(wanted.encode()).hexdigest()[:16]
     folder = default_state() / "vm" / "wheels" / f"{python}-{digest}"
     if not folder.exists():
-        draft = folder.with_suffix(".new")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix="new-", dir=folder.parent))
         (draft / "wanted").write_text(wanted)
         platforms = [f"--platform=manylinux{name}_x86_64" for name in ("_2_34", "_2_28", "_2_17", "2014")]
         subprocess.run(

@@ -195,7 +195,7 @@ def _flood(facts: Facts) -> Iterator[Fact]:
 def _pipe(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "LOG-05")
     if found is not None:
-        yield host("the stop while a process holds the output open", "ends", f"{found:.2f} s", holds=found < 5)
+        yield host("the stop while a process holds the output open", "ends", f"{found:.2f} s", holds=found < 10)
 
 
 def _seen(facts: Facts) -> Iterator[Fact]:

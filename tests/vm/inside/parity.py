@@ -1,6 +1,6 @@
-"""Reports of the same policy on every engine and runtime of this guest: of a live dyno, and of an attacked twin.
+"""Reports of the same policy on every engine and runtime of this guest: of an attacked twin; of gVisor a live dyno.
 
-``parity.py FOLDER``: writes FOLDER/ENGINE-RUNTIME.live.json and .twin.json; 1 when a check of a twin failed or broke.
+``parity.py FOLDER``: writes FOLDER/ENGINE-RUNTIME.twin.json, oci-runsc.live.json; 1 when a check of a twin failed or broke.
 gVisor's dyno is started with every clause waived that the host cannot read of it; its twin is not attacked.
 """
 
@@ -27,8 +27,9 @@ def main(folder: Path) -> int:
         missing = engines.make(load(), engine, runtime).missing()
         waive = [word for clause in missing for word in ("--waive", clause.value)]
         name = folder / f"{engine}-{runtime}"
-        live(words + waive, Path(f"{name}.live.json"))
-        if runtime != "runsc":
+        if runtime == "runsc":
+            live(words + waive, Path(f"{name}.live.json"))
+        else:
             bad += twin(words + waive, Path(f"{name}.twin.json"))
     return int(bad > 0)
 
@@ -57,6 +58,8 @@ def live(words: list[str], path: Path) -> None:
 def twin(words: list[str], path: Path) -> int:
     with path.open("wb") as file:
         subprocess.run([SANDBOX, "report", "-q", "--format", "json", *words, APP], stdout=file, check=False)
+    if not path.stat().st_size:
+        return 1
     document = json.loads(path.read_text())
     bad = [check for check in document["checks"] if check["status"] in ("fail", "error")]
     print(path.name, document["summary"]["counts"], f"{document['seconds']} s", flush=True)
