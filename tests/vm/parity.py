@@ -37,7 +37,7 @@ def _statuses(path: Path) -> dict[str, tuple[str, str]]:
 def _lines(columns: Mapping[tuple[str, str], Mapping[str, tuple[str, str]]]) -> Iterator[str]:
     yield "# What each engine keeps, on stock kernels"
     yield ""
-    yield "Written by `make parity` from the reports that the guests of `make test-vm` made; CI fails when it is stale."
+    yield "Written by `make parity` from the reports that the guests of `make test-vm` made; they fail when it is stale."
     yield "Docker, runc and crun: a twin that was attacked. runsc: a live dyno, started with every clause waived that"
     yield "the host cannot read of gVisor; without the waivers it is refused, and the message names each clause."
     yield ""
