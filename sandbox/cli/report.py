@@ -103,25 +103,22 @@ def _many(context: Context, names: tuple[str, ...], options: dict[str, Any]) -> 
     """Several live dynos: what they have in common is read once; each gets a report of its own, and a line here."""
     from sandbox.dyno import record as records
     from sandbox.report import make, seal
-    from sandbox.report.surroundings import Surroundings
 
     config = context.config
     config.make_folders()
-    around = Surroundings(config)
-    chosen = [records.find(config, name) for name in names] if names else around.living
+    chosen = [records.find(config, name) for name in names] if names else records.live(config)
     if not chosen:
         say("No dyno lives here.")
         return 0
     worst = 0
-    for record in chosen:
-        made = make.live(config, record, around=around)
+    for made in make.many(config, chosen):
         document, path = seal.keep(config, make.finish(config, made, with_host=False))
         code = status(document, threshold=options["threshold"], strict=options["strict"])
         worst = max(worst, code)
         counts = document["summary"]["counts"]
         words = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items() if number)
         exposure = document["summary"]["exposure"] * 10
-        click.echo(f"{record.name:<14} exposure {exposure:.1f} {document['summary']['word']:<8} {words}  {path}")
+        click.echo(f"{made.record.name:<14} exposure {exposure:.1f} {document['summary']['word']:<8} {words}  {path}")
     return worst
 
 

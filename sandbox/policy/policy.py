@@ -17,6 +17,7 @@ VERSION = 2
 CPU_PERIOD_US = 100_000
 MIN_MEMORY_BYTES = 16 * MIB
 OOM_SCORE = 500
+_PAGE = 4096  # bytes; the kernel counts memory in these
 
 
 class Rlimit(NamedTuple):
@@ -84,7 +85,9 @@ def make(
     """The policy of a size with overrides that only go down.
 
     ``swap``: the host has swap. Then the quota is the memory limit and the dyno swaps up to the kill limit, as at
-    Heroku; without swap the memory limit is the kill limit, and the band between quota and kill limit is counted.
+    Heroku; without swap the memory limit is the kill limit less a page, and the band between quota and kill limit is
+    counted. The page is left for swap, which the host does not have: where that limit would be 0, runc 1.1.5 tells
+    systemd of none, and systemd writes "max" in its place at the next daemon-reload (Docker on Debian 12).
 
     Raises PolicyError for an override above the size or below what a process needs, and for a quota above the
     host's memory.
@@ -108,7 +111,7 @@ def make(
         size=size.name,
         memory_quota_bytes=quota,
         memory_kill_bytes=kill,
-        memory_max_bytes=quota if swap else kill,
+        memory_max_bytes=quota if swap else kill - _PAGE,
         memory_swap_max_bytes=kill,
         tcp_max_bytes=quota // 8,
         pids_max=processes,

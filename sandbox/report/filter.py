@@ -189,7 +189,12 @@ def _arguments() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 @cache
 def _version(calls: Calls) -> str:
-    return hashlib.sha256(repr((seccomp.document(), calls, _SWEEP)).encode()).hexdigest()[:16]
+    """Of the policy, of what is asked, and of the code that answers: what another version wrote is not read."""
+    found = hashlib.sha256(repr((seccomp.document(), calls, _SWEEP)).encode())
+    for path in (__file__, cbpf.__file__, seccomp.__file__):
+        with open(path, "rb") as file:
+            found.update(file.read())
+    return found.hexdigest()[:16]
 
 
 class _Memory:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sandbox import __version__, hostcmd
@@ -32,34 +32,89 @@ Progress = Callable[[str], None]
 _PROOF_AGE_S = 7 * 86400
 
 
-def live(config: Config, record: Record, *, mode: str = "live", around: Surroundings | None = None) -> Made:
+def live(config: Config, record: Record, *, mode: str = "live") -> Made:
     """What the kernel says of a live dyno now. Nothing in it is touched but its init, which stands still for a moment.
 
     A dyno that ends meanwhile makes the rest unproven, and no error. Results of an attacked twin of the same policy,
     on this boot, serve as controls; so does this process itself, which every reading must find open.
     """
+    return next(many(config, [record], mode=mode))
+
+
+def many(config: Config, chosen: Sequence[Record], *, mode: str = "live") -> Iterator[Made]:
+    """The same of several live dynos, in their order. HostError when one cannot be examined."""
+    around = Surroundings(config)
+    proofs: dict[tuple[str, ...], tuple[Proof, Mapping[str, Control]]] = {}
+    for record, found in zip(chosen, evidence(config, chosen, around), strict=True):
+        alike = (record.spec.policy.digest(), record.engine, record.runtime, record.stack_digest)
+        if alike not in proofs:
+            proof = _proof(config, record.spec.policy, record.engine, record.runtime, record.stack_digest)
+            # Without a twin's: a process with every right, ourselves, which each reading must find open.
+            proofs[alike] = proof, proof.controls or documents.controls([], workers.itself(config, record))
+        proof, controls = proofs[alike]
+        judged = [judge.control(_from_twin(result, proof), controls) for result in found.results]
+        if not found.lives:
+            judged = [_ended(result) for result in judged]
+        yield Made(
+            mode,
+            record,
+            judged,
+            [],
+            {},
+            documents.bars(record.spec.policy, {}, found.usage),
+            _events(config, record, found.usage),
+            _notes(proof),
+            found.seconds,
+        )
+
+
+class Evidence(NamedTuple):
+    """What was read of one dyno. ``lives``: it still did afterwards; ``seconds``: what the reading took."""
+
+    results: list[Result]
+    lives: bool
+    usage: Mapping[str, Any]
+    seconds: float
+
+
+def evidence(config: Config, chosen: Sequence[Record], around: Surroundings) -> Iterator[Evidence]:
+    """Every check of each dyno, in their order, by as many processes as there are processors.
+
+    What they have in common, and what is learnt of the first (its filter, its stack), is known before the others begin.
+    """
+    if not chosen:
+        return
+    yield _examined(config, chosen[0], around)
+    rest = range(1, len(chosen))
+    hands = min(len(os.sched_getaffinity(0)), len(rest))
+    if hands < 2:
+        for number in rest:
+            yield _examined(config, chosen[number], around)
+        return
+
+    def start(numbers: Sequence[int]) -> workers.Child:
+        def work(say: Callable[[dict[str, Any]], None]) -> None:
+            for number in numbers:
+                found = _examined(config, chosen[number], around)
+                results = [workers.as_json(result) for result in found.results]
+                say({**found._asdict(), "results": results, "number": number})
+
+        return workers.Child(work)
+
+    known: dict[int, Evidence] = {}
+    for answer in workers.answers_of([start(rest[hand::hands]) for hand in range(hands)]):
+        if "failed" in answer:
+            raise HostError(f"a dyno could not be examined: {answer['failed']}", hint="sandbox doctor")
+        results = [workers.from_json(result) for result in answer["results"]]
+        known[answer["number"]] = Evidence(results, answer["lives"], answer["usage"], answer["seconds"])
+    yield from (known[number] for number in rest)
+
+
+def _examined(config: Config, record: Record, around: Surroundings) -> Evidence:
     begin = time.monotonic()
     facts = Facts(config, record, calls=rows.CALLS, around=around)
     results = [judge.examine(row, facts) for row in rows.ALL]
-    proof = _proof(config, record.spec.policy, record.engine, record.runtime, record.stack_digest)
-    # Without a twin's: a process with every right, ourselves, which each reading must find open.
-    found = proof.controls or documents.controls([], workers.itself(config, record))
-    judged = [judge.control(_from_twin(result, proof), found) for result in results]
-    if not facts.lives():
-        judged = [_ended(result) for result in judged]
-    seconds = time.monotonic() - begin
-    usage = _usage(facts)
-    return Made(
-        mode,
-        record,
-        judged,
-        [],
-        {},
-        documents.bars(record.spec.policy, {}, usage),
-        _events(config, record, usage),
-        _notes(proof),
-        seconds,
-    )
+    return Evidence(results, facts.lives(), _usage(facts), time.monotonic() - begin)
 
 
 def _ended(result: Result) -> Result:

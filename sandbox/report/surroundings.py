@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from functools import cached_property
 
@@ -20,7 +19,6 @@ class Surroundings:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._namespaces: dict[int, dict[str, int]] = {}
-        self._digests: dict[tuple[int, ...], str] = {}
 
     @cached_property
     def wall(self) -> wall.Shared:
@@ -44,15 +42,6 @@ class Surroundings:
             except HostError:
                 continue
         return found
-
-    def sha256(self, path: str) -> str:
-        """The digest of a file's content. Dynos of one stack share its inodes, and so the pages: read once for all."""
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            key = (status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size)
-            if key not in self._digests:
-                self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._digests[key]
 
     def namespaces(self, other: Record) -> dict[str, int]:
         """The namespaces of another dyno, by kind; empty when it has ended."""

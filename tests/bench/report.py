@@ -25,21 +25,18 @@ PROBE = """
 import gc, json, sys, time
 gc.disable()  # as the command does
 from sandbox import config
-from sandbox.report import judge, rows
-from sandbox.report.facts import Facts
+from sandbox.dyno import record
+from sandbox.report import filter, make, rows
 from sandbox.report.surroundings import Surroundings
 where = config.load(state_dir=sys.argv[1], run_dir=sys.argv[2])
 times, stops = [], []
 for turn in range(int(sys.argv[3])):
     begin = time.perf_counter()
-    around = Surroundings(where)
-    found = around.living
-    for item in found:
-        facts = Facts(where, item, calls=rows.CALLS, around=around)
-        for row in rows.ALL:
-            judge.examine(row, facts)
-        stops.append(facts.filter.stopped_ms)
+    found = record.live(where)
+    read = list(make.evidence(where, found, Surroundings(where)))
     times.append((time.perf_counter() - begin) * 1000)
+    assert all(item.lives and len(item.results) == len(rows.ALL) for item in read)
+    stops += [filter.read(where, item.pid, rows.CALLS).stopped_ms for item in found]
 print(json.dumps([len(found), times[1:] or times, stops[1:] or stops]))
 """
 

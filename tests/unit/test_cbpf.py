@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import struct
 
 import pytest
@@ -137,3 +138,29 @@ def test_what_lets_a_call_run_is_no_refusal(action, tmp_path):
     found = list(facts.emulated(rows.BY_ID["KRN-07"]))
     assert found
     assert not any(fact.holds for fact in found)
+
+
+def test_what_another_version_made_of_a_filter_is_not_read(tmp_path, monkeypatch):
+    from sandbox.config import Config
+    from sandbox.host.filters import Filters
+    from sandbox.report import filter as filters
+
+    config, found, calls = (
+        Config(str(tmp_path), str(tmp_path)),
+        Filters((program((RET, 0, 0, cbpf.ALLOW)),), 0.0),
+        (("mount", ()),),
+    )
+    right = filters._reading(config, found, calls)
+    (known,) = (tmp_path / "reports" / "filters").iterdir()
+    known.write_text(
+        json.dumps({**json.loads(known.read_text()), "verdicts": {"mount": "as another version spelled it"}})
+    )
+    # The control: this version reads what it wrote.
+    assert filters._reading(config, found, calls) != right
+    (tmp_path / "cbpf.py").write_text("# another emulator\n")
+    monkeypatch.setattr(cbpf, "__file__", str(tmp_path / "cbpf.py"))
+    filters._version.cache_clear()
+    try:
+        assert filters._reading(config, found, calls) == right
+    finally:
+        filters._version.cache_clear()

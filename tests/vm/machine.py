@@ -18,7 +18,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -60,7 +59,6 @@ def qemu() -> str:
     return path
 
 
-@cache
 def accelerator(kernel: Path, initrd: Path, say: Say, device: str = "/dev/kvm") -> tuple[str, ...]:
     """KVM when a kernel really boots under it. /dev/kvm may open and answer, and still run no stock kernel."""
     slow = ("-accel", "tcg,thread=multi,tb-size=1024")

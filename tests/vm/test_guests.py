@@ -21,7 +21,7 @@ from tests.conftest import default_state
 from tests.vm import image, machine, parity, payload
 
 GUESTS = tuple(image.guests())
-TESTED = {"host": 14, "docker": 6, "runc": 6, "crun": 6}  # the least number of tests of a step
+TESTED = {"host": 16, "docker": 6, "runc": 6, "crun": 6}  # the least number of tests of a step
 _TIME_S = 2400
 
 
@@ -40,13 +40,14 @@ def images() -> dict[str, image.Image]:
 def runs(images) -> Iterator[dict[str, Future[machine.Verdict]]]:
     """Every guest at once; the results stay in the state folder, for `make parity` and for whoever looks into a failure."""
     base = default_state() / "vm" / "results"
+    first = images[GUESTS[0]]
+    accel = machine.accelerator(first.kernel, first.initrd, say)
 
     def run(name: str) -> machine.Verdict:
         folder = base / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         made = images[name]
-        accel = machine.accelerator(made.kernel, made.initrd, say)
         disk = payload.make(folder, made.python)
         try:
             with machine.Machine(made, disk, folder, accel, say) as guest:

@@ -10,6 +10,7 @@ from sandbox.report.facts import Facts
 from sandbox.report.model import Fact, Tier
 
 Calls = tuple[tuple[str, tuple[int, ...]], ...]
+STOP_S = 10.0  # also where the processor is emulated; a stop that waits for anybody waits 30 s
 
 
 def calls(*names: str) -> Calls:

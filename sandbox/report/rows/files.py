@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -199,7 +200,8 @@ def _page_cache(facts: Facts) -> Iterator[Fact]:
     """As the dyno's processes would read them, from the page cache, against what was built."""
     for path, digest in sorted(_built(facts.record.stack_manifest).digests.items()):
         try:
-            actual = facts.around.sha256(f"/proc/{facts.pid}/root/{path}")
+            with open(f"/proc/{facts.pid}/root/{path}", "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             actual = "missing"
         yield kernel(f"/{path}", f"sha256 {digest[:12]}", f"sha256 {actual[:12]}", holds=actual == digest)

@@ -11,7 +11,7 @@ from sandbox.policy.clauses import Clause
 from sandbox.policy.spec import UIDS_PER_DYNO
 from sandbox.report.facts import Facts
 from sandbox.report.model import CRITICAL, MINOR, MODERATE, SERIOUS, Area, Fact, Row
-from sandbox.report.rows.common import absent, host, kernel, measured, read_host, switch, twin
+from sandbox.report.rows.common import STOP_S, absent, host, kernel, measured, read_host, switch, twin
 
 _FIX = "restart the dyno; if it comes back, `sandbox doctor`"
 _HOSTILE = "<script>alert(1)</script>\x1b[2J\x9b31m]]>&\"'\u2028\u202e"
@@ -195,7 +195,7 @@ def _flood(facts: Facts) -> Iterator[Fact]:
 def _pipe(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "LOG-05")
     if found is not None:
-        yield host("the stop while a process holds the output open", "ends", f"{found:.2f} s", holds=found < 10)
+        yield host("the stop while a process holds the output open", "ends", f"{found:.2f} s", holds=found < STOP_S)
 
 
 def _seen(facts: Facts) -> Iterator[Fact]:

@@ -15,9 +15,8 @@ from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
 from sandbox.report.facts import Facts
 from sandbox.report.model import CRITICAL, MINOR, MODERATE, SERIOUS, SEVERE, Area, Fact, Row
-from sandbox.report.rows.common import absent, calls, host, kernel, measured, read_host, rlimit, twin
+from sandbox.report.rows.common import STOP_S, absent, calls, host, kernel, measured, read_host, rlimit, twin
 
-_STOP_S = 10.0  # also where the processor is emulated; a stop that waits for anybody waits 30 s
 _RESTART = "restart the dyno; if it comes back, `sandbox doctor`"
 _NONE = "none for web apps"
 
@@ -270,7 +269,7 @@ def _unkillable(facts: Facts) -> Iterator[Fact]:
         yield host(
             "stubborn processes: before, after SIGTERM, after the stop", "some, some, 0",
             f"{found['before']}, {found['after_term']}, {found['after']} ({found['seconds']:.2f} s)",
-            holds=found["after"] == 0 and found["seconds"] < _STOP_S,
+            holds=found["after"] == 0 and found["seconds"] < STOP_S,
         )  # fmt: skip
 
 
