@@ -145,12 +145,13 @@ def _whole(twin: Twin, place: Stage, config: Config, home: Config, begin: float)
         measured |= packets.names(twin, lambda: measured.update(packets.network(twin, place, config)))
     if cut := packets.changed(twin, place, config):
         measured["NET-23"] = cut
+    # While the twin is kept busy; it is over before processors are measured.
+    ourselves = Child(lambda say: say(itself(config, twin.record)))
     answers, used = usage.limits(twin)
     attempts |= answers
     measured |= used
     usage.flood(twin, measured)
     figures = twin.cgroup.usage()._asdict()
-    ourselves = itself(config, twin.record)
     last = twin.facts(attempts, measured, rows.CALLS)
     results = {row.id: judge.examine(row, last) for row in rows.ALL}
     if twin.record.place:
@@ -161,7 +162,7 @@ def _whole(twin: Twin, place: Stage, config: Config, home: Config, begin: float)
     for name in ("PRV-22", "LOG-05"):
         results[name] = judge.examine(rows.BY_ID[name], last)
     results["NET-28"] = _with_vanished(results["NET-28"], last)
-    measured["controls"] |= _own_controls(measured, attempts) | identity.samples() | ourselves
+    measured["controls"] |= _own_controls(measured, attempts) | identity.samples() | _said(ourselves)
     return {
         "results": [as_json(result) for result in results.values()],
         "usage": figures,
@@ -297,7 +298,12 @@ def _elsewhere(twin: Twin, mutant: Mutant, known: judge.Known) -> dict[str, str]
         facts = twin.facts(None, {}, rows.CALLS)
         say(judge.reds((judge.examine(row, facts) for row in rows.ALL), known))
 
-    answer = _last(answers_of([Child(work)]))
+    return _said(Child(work))
+
+
+def _said(child: Child) -> Json:
+    """What a child says at its end. HostError when that is why it failed."""
+    answer = _last(answers_of([child]))
     if "failed" in answer:
         raise HostError(str(answer["failed"]))
     return answer
