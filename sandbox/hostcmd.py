@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sandbox.errors import HostError
 from sandbox.units import escape
@@ -80,3 +80,27 @@ def run(
         said = escape(done.stderr.decode("utf-8", "replace").strip().replace("\n", " ⏎ "))[-600:]
         raise HostError(f"{os.path.basename(argv[0])} failed with status {done.returncode}: {said}", details=said)
     return done
+
+
+def stream(argv: Sequence[str]) -> Iterator[bytes]:
+    """What a program writes, in pieces of up to a MiB. It is killed when nobody reads on.
+
+    Raises HostError at its end when it failed.
+    """
+    with (
+        os.fdopen(os.memfd_create("errors"), "w+b") as errors,
+        subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT, cwd="/"
+        ) as process,
+    ):
+        assert process.stdout is not None  # noqa: S101 - asked for above; for the type checker
+        try:
+            while piece := process.stdout.read(1 << 20):
+                yield piece
+            status = process.wait()
+        finally:
+            process.kill()
+        if status:
+            errors.seek(0)
+            said = escape(errors.read(600).decode("utf-8", "replace").strip().replace("\n", " ⏎ "))
+            raise HostError(f"{os.path.basename(argv[0])} failed with status {status}: {said}", details=said)

@@ -189,20 +189,8 @@ def file_digest(path: str) -> str:
 
 def tar_stream(root: str) -> Iterator[bytes]:
     """The tree as a tar stream, sorted, for an engine that imports images; owners and times as they are."""
-    import io  # only an engine with images of its own pays for these
-    import tarfile
-
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path, folders, names in os.walk(root):
-            folders.sort()
-            for name in sorted((*folders, *names)):
-                archive.add(f"{path}/{name}", arcname=os.path.relpath(f"{path}/{name}", root), recursive=False)
-                if buffer.tell() > 1 << 20:
-                    yield buffer.getvalue()
-                    buffer.seek(0)
-                    buffer.truncate()
-    yield buffer.getvalue()
+    tar = hostcmd.require("tar", "tar")
+    return hostcmd.stream([tar, "-C", root, "--format=gnu", "--sort=name", "--numeric-owner", "-cf", "-", "."])
 
 
 def _recipe(name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox import config, names, units
+from sandbox import config, hostcmd, names, units
 from sandbox.cli import entry
 from sandbox.dyno import exits
 from sandbox.dyno.exits import Facts, Reason
@@ -248,3 +248,22 @@ def test_no_committed_file_names_a_registry_or_a_machine():
         path = ROOT / name
         if path.is_file():
             assert not pattern.search(path.read_text(errors="replace")), name
+
+
+def test_what_a_program_writes_comes_in_pieces_and_a_failure_at_the_end():
+    big = "head -c 3000000 /dev/zero"
+    pieces = list(hostcmd.stream(["sh", "-c", big]))
+    assert (sum(map(len, pieces)), len(pieces)) == (3000000, 3)
+    read = []
+    with pytest.raises(HostError, match=r"sh failed with status 7: no such\\x1b\[2J thing"):
+        read.extend(hostcmd.stream(["sh", "-c", f"{big}; printf 'no such\\033[2J thing' >&2; exit 7"]))
+    assert sum(map(len, read)) == 3000000
+
+
+def test_a_program_that_nobody_reads_any_more_is_killed():
+    word = f"unread-{os.getpid()}"
+    pieces = hostcmd.stream(["yes", word])
+    assert len(next(pieces)) == 1 << 20
+    assert subprocess.run(["pgrep", "-fx", f"yes {word}"], capture_output=True, check=False).returncode == 0
+    pieces.close()
+    assert subprocess.run(["pgrep", "-fx", f"yes {word}"], capture_output=True, check=False).returncode == 1
