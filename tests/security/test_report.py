@@ -165,6 +165,29 @@ def test_a_limit_raised_in_cgroupfs_turns_its_rows_red(sandbox, cell):
     assert red(report(sandbox, live)) == set()
 
 
+def test_of_all_dynos_the_weakened_one_turns_red(sandbox, cell):
+    """They are read by several processes; each says what a report of that dyno alone says."""
+    cells = {str(live.record["id"]): live for live in (cell() for _ in range(4))}
+    weak = list(cells)[2]
+
+    def everyone() -> dict[str, dict]:
+        done = sandbox("report", "--all", timeout=120)
+        documents = [json.loads(Path(line.split()[-1]).read_text()) for line in done.out.splitlines()]
+        found = {document["subject"]["id"]: document for document in documents}
+        assert found.keys() == cells.keys(), done
+        assert done.status == any(red(document) for document in documents)
+        return found
+
+    assert [red(document) for document in everyone().values()] == [set()] * 4
+    (_cgroup(cells[weak], "pids") / "pids.max").write_text("4000")
+    found = everyone()
+    assert {name: red(document) for name, document in found.items()} == {
+        name: {"RES-05"} if name == weak else set() for name in cells
+    }
+    for name, live in cells.items():
+        assert statuses(found[name]) == statuses(report(sandbox, live)), name
+
+
 def test_a_mount_by_nsenter_turns_its_rows_red(sandbox, cell):
     live = cell()
     subprocess.run(["nsenter", "-t", str(live.pid), "-m", "mount", "--bind", "/tmp", "/mnt"], check=True)
