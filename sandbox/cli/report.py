@@ -324,6 +324,7 @@ def _twin_record(wanted: Wanted) -> Any:
             slug_digest="",
             env_names=wanted.env_names,
             descriptors=(),
+            mounts=(),
         )
 
     return make

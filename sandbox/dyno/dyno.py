@@ -24,7 +24,7 @@ from sandbox.host.journal import Journal
 from sandbox.host.stack import Stack
 from sandbox.policy import mounts
 from sandbox.policy.clauses import Clause
-from sandbox.policy.egress import RESOLVER, Mode
+from sandbox.policy.egress import Mode
 from sandbox.policy.policy import Policy
 from sandbox.policy.spec import ContainerSpec
 
@@ -116,7 +116,7 @@ class Dyno:
             slug_image=launch.slug_image,
             hostname=names.hostname(launch.name),
             user_namespace=engine.user_namespaces,
-            resolv_conf=_resolv_conf(launch.policy) if self.place else "",
+            resolv_conf=launch.policy.egress.resolv_conf() if self.place else "",
             own_stack_mount=not engine.brings_mounts,
         )
         used_bytes, used_inodes = self._disk_used()
@@ -245,6 +245,7 @@ class Dyno:
                 slug_digest=launch.slug_digest,
                 env_names=tuple(sorted(launch.env)),
                 descriptors=tuple(held),
+                mounts=tuple(observe.identity(line) for line in observe.mounts(container.pid)),
             ),
         )
 
@@ -281,13 +282,6 @@ def _listen(path: str) -> socket.socket:
     finally:
         os.close(folder)
     return link
-
-
-def _resolv_conf(policy: Policy) -> str:
-    """Our resolver, or nobody: without a line the C library asks the dyno's own loopback and is refused at once."""
-    if not policy.egress.resolves:
-        return "# egress none: no name resolves\n"
-    return f"nameserver {RESOLVER}\noptions timeout:3 attempts:2\n"
 
 
 def _first(found: list[Difference], clause: str) -> str:

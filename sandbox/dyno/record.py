@@ -27,7 +27,8 @@ _FILE = "record.json"
 class Record(NamedTuple):
     """``pid``, ``start_ticks``: the dyno's init, pinned against a reused number. ``env_names``: of its config vars.
 
-    ``descriptors``: what each process held at the gate, as "pid fd: what".
+    ``descriptors``: what each process held at the gate, as "pid fd: what". ``mounts``: its mount table there, by the
+    kernel's own numbers (``observe.identity``): the app cannot change it, so it is the same for as long as it lives.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Record(NamedTuple):
     slug_digest: str
     env_names: tuple[str, ...]
     descriptors: tuple[str, ...]
+    mounts: tuple[str, ...]
 
 
 def write(folder: str, record: Record) -> None:
@@ -84,7 +86,7 @@ def read(config: Config, container_id: str) -> Record:
         }
         values["spec"] = ContainerSpec(**spec)
         values["place"] = None if place is None else Place(place[0], IPv4Address(place[1]), IPv4Address(place[2]))
-        values |= {key: tuple(values[key]) for key in ("env_names", "descriptors")}
+        values |= {key: tuple(values[key]) for key in ("env_names", "descriptors", "mounts")}
         return Record(**values)
     except FileNotFoundError as error:
         raise NotFound(f"{container_id} has no record: it has ended, or has not started yet.") from error

@@ -122,18 +122,20 @@ def living(subject: Subject, read: Callable[[int], T]) -> Iterator[tuple[int, T]
     Behind the gate none ends. In a live dyno they come and go; what cannot be read of one that lives is an error.
     """
     for pid in subject.pids:
-        thread = observe.living_thread(pid)
-        if thread is None:
-            if pid == subject.init:
-                raise HostError("its init is gone.")
-            continue
-        try:
-            value = read(thread)
-        except (HostError, OSError, KeyError, ValueError):
-            if pid == subject.init or observe.living_thread(pid) == thread:
-                raise
-            continue
-        yield pid, value
+        while True:
+            thread = observe.living_thread(pid)
+            if thread is None:
+                if pid == subject.init:
+                    raise HostError("its init is gone.")
+                break
+            try:
+                value = read(thread)
+            except (HostError, OSError, KeyError, ValueError):
+                if pid == subject.init or observe.thread_lives(thread):
+                    raise
+                continue  # that thread ended; the process may live on in others
+            yield pid, value
+            break
 
 
 def _capabilities(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -226,8 +228,10 @@ def _planned(mount: Mount, lines: list[MountLine], spec: ContainerSpec) -> Itera
         yield f"{mount.target} of type {fstype}", line.fstype
     if mount.source is Source.DEVPTS and f"max={mounts.MAX_TERMINALS}" not in line.options.split(","):
         yield f"at most {mounts.MAX_TERMINALS} terminals", line.options
-    if mount.source is Source.SHM and f"nr_inodes={spec.policy.shm_inodes}" not in line.options:
-        yield f"{mount.target} bounded in files", line.options
+    if mount.source is Source.SHM:
+        bounds = {f"nr_inodes={spec.policy.shm_inodes}", f"size={spec.policy.shm_bytes >> 10}k"}
+        if not bounds <= set(line.options.split(",")):
+            yield f"{mount.target} with {', '.join(sorted(bounds))}", line.options
 
 
 def _masks(by_target: dict[str, list[MountLine]]) -> Iterator[tuple[str, str]]:
@@ -280,6 +284,8 @@ def _equal(what: str, promised: int, observed: int | None) -> Iterator[tuple[str
 def _memory(subject: Subject) -> Iterator[tuple[str, str]]:
     policy, limits = subject.spec.policy, subject.limits
     yield from _equal("memory limit", policy.memory_max_bytes, limits.memory_bytes)
+    if limits.oom_killer_off:
+        yield "the kernel kills at the memory limit", "it lets processes wait there"
     if not subject.cgroup.is_v2:
         yield from _equal("socket buffer limit", policy.tcp_max_bytes, limits.tcp_bytes)
 
@@ -300,6 +306,8 @@ def _cpu(subject: Subject) -> Iterator[tuple[str, str]]:
     if policy.cpu_quota_us:
         yield from _equal("CPU quota", policy.cpu_quota_us, limits.cpu_quota_us)
         yield from _equal("CPU period", CPU_PERIOD_US, limits.cpu_period_us)
+        if limits.cpu_burst_us:
+            yield "no CPU time saved up for later", f"{limits.cpu_burst_us} us"
 
 
 def _rlimits(subject: Subject) -> Iterator[tuple[str, str]]:

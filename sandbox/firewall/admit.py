@@ -173,6 +173,25 @@ def own_differences(place: Place, pid: int) -> Iterator[tuple[str, str]]:
         yield "no IPv6 address but loopback's", ", ".join(ipv6)
 
 
+def wired(layout: Layout, link: str, pid: int) -> Iterator[tuple[str, str]]:
+    """Whether the dyno's eth0 is the other end of its link at the router, as (promised, observed) when it is not."""
+    with os_open(f"/proc/{pid}/ns/net") as fd:
+        with netns.entered(fd):
+            own = Netlink()
+        with router.inside(layout):
+            net = Netlink()
+        try:
+            here = own.index("eth0")
+            seen = net.peer(link)
+            if seen != (here, net.number_of(fd)):
+                yield f"eth0 is the other end of the router's {link}", "it is another link's"
+        except OSError as error:
+            yield f"eth0 is the other end of the router's {link}", f"{error.filename or link}: {error.strerror}"
+        finally:
+            own.close()
+            net.close()
+
+
 def unknown(nft: Nft, items: Sequence[ruleset.Element]) -> list[ruleset.Element]:
     """Which of those elements the router does not have: asked for all at once, and one by one when that fails."""
     try:

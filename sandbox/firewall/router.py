@@ -38,7 +38,7 @@ from sandbox.policy import egress
 from sandbox.policy.egress import RESOLVER
 
 Json = dict[str, Any]
-_ROUTER_RULES = (Rule(100, TABLE, mark=MARK), Rule(101, TABLE, iif="lo"))
+RULES = (Rule(100, TABLE, mark=MARK), Rule(101, TABLE, iif="lo"))
 # In the router, before any link is there. rp_filter looks routes up without the mark and would find none; who may
 # send what is the table's business.
 _ROUTER_SYSCTLS = (
@@ -276,7 +276,7 @@ def faults(layout: Layout, *, forwarding: bool) -> list[str]:
     try:
         if _router_digest(nft) != state["router"]:
             found.append("router table")
-        if set(inner.rules()) & set(_ROUTER_RULES) != set(_ROUTER_RULES):
+        if set(inner.rules()) & set(RULES) != set(RULES):
             found.append("router routing rules")
         if _host_digest(layout, host_nft) != state["host"] or _switched(state) != state["switched"]:
             found.append("host table")
@@ -318,7 +318,7 @@ def _repair(layout: Layout, found: list[str], *, forwarding: bool) -> None:
             nft.run(ruleset.own_addresses(hosts, state["hosts"]))
         if {"router table", "denied ranges", "host addresses"} & set(found):
             state |= {"router": _router_digest(nft), "hosts": hosts, "deny": list(layout.config.deny)}
-        for rule in _ROUTER_RULES:
+        for rule in RULES:
             inner.rule(rule)
         idle = _not_forwarding(layout, net) if forwarding else []
         if forwarding:

@@ -34,6 +34,8 @@ class Limits(NamedTuple):
     cpu_period_us: int | None
     cpu_shares: int | None
     devices: tuple[str, ...] | None
+    cpu_burst_us: int | None = None  # Linux 5.14: quota that was not used, and may be later
+    oom_killer_off: bool = False  # v1: at the limit processes wait instead of being killed
 
 
 class Usage(NamedTuple):
@@ -167,7 +169,8 @@ class Cgroup:
             weight = self._number("", "cpu.weight")
             programs = device_programs(self.paths[""])
             filters = None if programs is None else (f"bpf {programs}",)
-            return Limits(memory, total, None, self._number("", "pids.max"), quota, period, weight, filters)
+            burst, pids = self._number("", "cpu.max.burst"), self._number("", "pids.max")
+            return Limits(memory, total, None, pids, quota, period, weight, filters, burst)
         devices = self._text("devices", "devices.list")
         return Limits(
             self._number("memory", "memory.limit_in_bytes"),
@@ -178,6 +181,8 @@ class Cgroup:
             self._number("cpu", "cpu.cfs_period_us"),
             self._number("cpu", "cpu.shares"),
             None if devices is None else tuple(devices.splitlines()),
+            self._number("cpu", "cpu.cfs_burst_us"),
+            bool(self._table("memory", "memory.oom_control").get("oom_kill_disable")),
         )
 
     def _v2_cpu(self) -> tuple[int | None, int | None]:

@@ -18,6 +18,7 @@ from sandbox.errors import HostError
 
 _SEIZE, _INTERRUPT, _DETACH, _GET_FILTER = 0x4206, 0x4207, 17, 0x420C
 _WALL = 0x40000000
+_STOP_S = 2.0  # an emulated processor takes 20 ms
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long] * 4
@@ -36,7 +37,11 @@ def read(tid: int) -> Filters:
     begin = time.monotonic()
     try:
         _ptrace(_INTERRUPT, tid, 0, 0)
-        os.waitpid(tid, _WALL)
+        deadline = begin + _STOP_S
+        while not os.waitpid(tid, _WALL | os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                # Traced by us until we end; it stops once it is thawed, and the kernel lets it go with us.
+                raise HostError(f"thread {tid} does not stop: its cgroup is frozen, or it hangs in the kernel.")
         programs: list[bytes] = []
         while True:
             count = _libc.ptrace(_GET_FILTER, tid, len(programs), 0)

@@ -22,6 +22,9 @@ IFF_UP, IFF_NOARP = 0x1, 0x80
 # linux/if_link.h
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD, _IFLA_GROUP = 1, 3, 18, 28, 27
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
+_IFLA_LINK, _IFLA_LINK_NETNSID = 5, 37
+# linux/net_namespace.h
+_GETNSID, _NETNSA_NSID, _NETNSA_FD = 90, 1, 3
 # linux/if_addr.h, linux/rtnetlink.h, linux/neighbour.h, linux/fib_rules.h
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _NOPREFIXROUTE = 1, 2, 8, 0x200
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
@@ -156,6 +159,20 @@ class Netlink:
         body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + _attribute(_IFLA_IFNAME, _name(name))
         answer = self._request(_GETLINK, _ACK, body, f"link {name}")
         return int(struct.unpack_from("=4xi", answer[0][1])[0])
+
+    def peer(self, name: str) -> tuple[int, int]:
+        """The other end of a veth link: its index, and the number that its namespace has here, -1 for this one."""
+        body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + _attribute(_IFLA_IFNAME, _name(name))
+        answer = self._request(_GETLINK, _ACK, body, f"link {name}")
+        values = dict(attributes(answer[0][1][16:]))
+        index = struct.unpack("=i", values[_IFLA_LINK])[0] if _IFLA_LINK in values else 0
+        return index, struct.unpack("=i", values[_IFLA_LINK_NETNSID])[0] if _IFLA_LINK_NETNSID in values else -1
+
+    def number_of(self, namespace: int) -> int:
+        """The number that the network namespace behind a descriptor has in this one, -1 for none."""
+        body = bytes(4) + _attribute(_NETNSA_FD, struct.pack("=i", namespace))
+        answer = self._request(_GETNSID, _ACK, body, "a namespace's number")
+        return int(struct.unpack("=i", dict(attributes(answer[0][1][4:]))[_NETNSA_NSID])[0])
 
     def address(self, index: int, address: IPv4Interface, *, peer: IPv4Address | None = None) -> None:
         """Gives a link an address. No route comes with it: routes are ours to make."""

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+import time
 from typing import NamedTuple
 
 from sandbox.errors import HostError
@@ -29,6 +30,7 @@ _LIMIT_NAMES = {
     "Max stack size": "STACK",
 }
 _OCTAL = r"\\([0-7]{3})"
+_CHASE = 200  # listings of a process whose threads come and go
 
 
 class Thread(NamedTuple):
@@ -129,6 +131,11 @@ def mounts(pid: int | str) -> list[MountLine]:
     return found
 
 
+def identity(line: MountLine) -> str:
+    """What tells a mount from any other that is put in its place: numbers of the kernel, and what of it is shown."""
+    return f"{line.target} {line.mount_id} {line.device} {line.fstype} {line.root}"
+
+
 def rlimits(pid: int) -> dict[str, tuple[int, int]]:
     """Soft and hard limits by name; -1 is unlimited."""
     found = {}
@@ -167,6 +174,8 @@ def tables(pid: int) -> list[int]:
     libc = ctypes.CDLL(None, use_errno=True)
     found: list[int] = []
     for tid in sorted((int(name) for name in _listdir(f"/proc/{pid}/task")), key=lambda tid: tid != pid):
+        if not thread_lives(tid):
+            continue  # it holds nothing any more
         # 312: kcmp on x86-64; KCMP_FILES is 2. 0: the same table.
         if not any(libc.syscall(ctypes.c_long(312), known, tid, 2, 0, 0) == 0 for known in found):
             found.append(tid)
@@ -250,21 +259,43 @@ def ended(pid: int | str) -> bool:
 def living_thread(pid: int) -> int | None:
     """A thread of the process that lives: the first one, unless that ended before the others; None when none does.
 
-    A process whose first thread has ended is a zombie to look at, and runs on in its other threads.
+    A process whose first thread has ended is a zombie to look at, and runs on in its other threads. Threads that each
+    start the next one and end are listed anew until one is met: HostError when that never happens.
     """
-    try:
-        if _stat_fields(pid)[0] not in ("Z", "X"):
+    for turn in range(_CHASE):
+        if turn > _CHASE // 10:
+            time.sleep(0.001)
+        if thread_lives(pid):
             return pid
-        names = _listdir(f"/proc/{pid}/task")
-    except HostError:
-        return None
-    for name in names:
         try:
-            if _stat_fields(f"{pid}/task/{name}")[0] not in ("Z", "X"):
-                return int(name)
+            names = [name for name in _listdir(f"/proc/{pid}/task") if name != str(pid)]
         except HostError:
-            continue
-    return None
+            return None
+        for name in names:
+            if thread_lives(int(name)):
+                return int(name)
+        if not names:
+            return None
+    raise HostError(f"the threads of process {pid} end faster than they can be read.")
+
+
+def thread_lives(tid: int) -> bool:
+    """Whether that thread is there and has not ended."""
+    try:
+        return _stat_fields(tid)[0] not in ("Z", "X")
+    except HostError:
+        return False
+
+
+def scheduling(tid: int) -> tuple[int, int]:
+    """The nice value of a thread and its scheduling policy, see sched(7) and proc_pid_stat(5)."""
+    fields = _stat_fields(tid)
+    return int(fields[16]), int(fields[38])
+
+
+def pidfd(path: str) -> int:
+    """The process that a pidfd names, by its fdinfo: its number here, 0 when it has none here, -1 when it has ended."""
+    return int(_table(path).get("Pid", "0"))
 
 
 def start_ticks(pid: int) -> int:

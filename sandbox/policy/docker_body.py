@@ -74,8 +74,8 @@ def _host_config(spec: ContainerSpec) -> Json:
         "Init": False,
         "RestartPolicy": {"Name": "no"},
         "OomScoreAdj": policy.oom_score,
-        # Docker 20.10 lets everybody bind port 80 in its containers; elsewhere it is the kernel's default.
-        "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "1024"},
+        # Docker 20.10 lets everybody bind port 80 and ping; elsewhere these are the kernel's defaults.
+        "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "1024", "net.ipv4.ping_group_range": "1 0"},
         "MaskedPaths": list(mounts.MASKED),
         "ReadonlyPaths": list(mounts.READ_ONLY),
         "Ulimits": [{"Name": limit.name.lower(), "Soft": limit.soft, "Hard": limit.hard} for limit in policy.rlimits],

@@ -131,6 +131,12 @@ class Egress(NamedTuple):
         """Whether its questions are checked one by one, instead of going straight to the resolver."""
         return self.mode is Mode.ALLOW or bool(self.pinned)
 
+    def resolv_conf(self) -> str:
+        """Our resolver, or nobody: without a line the C library asks the dyno's own loopback and is refused at once."""
+        if not self.resolves:
+            return "# egress none: no name resolves\n"
+        return f"nameserver {RESOLVER}\noptions timeout:3 attempts:2\n"
+
     @property
     def resolves(self) -> bool:
         """Whether any name resolves at all."""

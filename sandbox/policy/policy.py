@@ -13,7 +13,7 @@ from sandbox.policy.egress import NOTHING, Egress
 from sandbox.policy.sizes import Size, Traffic
 from sandbox.units import MIB, format_bytes
 
-VERSION = 2
+VERSION = 3
 CPU_PERIOD_US = 100_000
 MIN_MEMORY_BYTES = 16 * MIB
 OOM_SCORE = 500

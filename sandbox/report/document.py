@@ -315,7 +315,7 @@ def example(text: str) -> Document:
             "engine": "oci",
             "runtime": "runc",
             "policy_digest": "0" * 64,
-            "policy_version": 2,
+            "policy_version": 3,
             "egress": {"mode": "public", "networks": [text], "names": [text]},
             "waived": [],
             "address": None,

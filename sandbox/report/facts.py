@@ -96,6 +96,11 @@ class Facts:
         return filters.read(self.config, self.pid, self._calls)
 
     @cached_property
+    def at_the_gate(self) -> frozenset[str]:
+        """What its processes held before the app's first instruction."""
+        return frozenset(item.partition(": ")[2] for item in self.record.descriptors)
+
+    @cached_property
     def user_limits(self) -> dict[str, int]:
         return inside.user_limits(self.pid)
 

@@ -12,6 +12,13 @@ from sandbox.errors import HostError
 from sandbox.host import observe
 from sandbox.report import wall
 
+# The lists of proc_net(5), and in which column the inode stands.
+_SOCKETS = (
+    *((name, 9) for name in ("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6", "netlink")),
+    ("unix", 6),
+    ("packet", 8),
+)
+
 
 class Surroundings:
     """The router, the other dynos and the processes of this host, as they were when each was first asked for."""
@@ -42,6 +49,19 @@ class Surroundings:
             except HostError:
                 continue
         return found
+
+    @cached_property
+    def sockets(self) -> frozenset[str]:
+        """The inodes of the sockets that are bound, connected or listening in our own network namespace."""
+        found = set()
+        for name, column in _SOCKETS:
+            try:
+                with open(f"/proc/self/net/{name}", encoding="utf-8", errors="replace") as file:
+                    next(file)
+                    found |= {line.split()[column] for line in file}
+            except FileNotFoundError:
+                continue  # a kernel without that protocol
+        return frozenset(found)
 
     def namespaces(self, other: Record) -> dict[str, int]:
         """The namespaces of another dyno, by kind; empty when it has ended."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from ipaddress import IPv4Address
@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 from sandbox.config import Config
 from sandbox.errors import HostError
 from sandbox.firewall import admit, router, ruleset
-from sandbox.firewall.layout import Layout, Place
+from sandbox.firewall.layout import TABLE, Layout, Place
 from sandbox.host import netns
+from sandbox.host.netlink import MAIN, Netlink, Rule
 from sandbox.host.nft import Nft, elements
 from sandbox.policy import egress
 from sandbox.policy.egress import Reason
+from sandbox.units import escape
 
 _SYSCTLS = (
     ("ipv4/conf/all/accept_source_route", "0"),
@@ -24,8 +26,11 @@ _SYSCTLS = (
     ("ipv6/conf/all/disable_ipv6", "1"),
 )
 
-# An element of a set: its name, and the key without the link that the key begins with.
-Right = tuple[str, tuple[str, ...]]
+# Of a dyno's own network namespace.
+_OWN_SYSCTLS = (("ipv4/ip_unprivileged_port_start", "1024"), ("ipv4/ping_group_range", "1\t0"))
+
+# An element of a set: its name, the key without the link that it begins with, and its own limit or a map's value.
+Right = tuple[str, tuple[str, ...], str]
 
 
 class Reading(NamedTuple):
@@ -38,6 +43,7 @@ class Reading(NamedTuple):
     rules: str
     neighbours: tuple[str, ...]
     sysctls: tuple[tuple[str, str, str], ...]
+    own_sysctls: dict[str, tuple[str, str]]  # promised, observed
     members: dict[str, bool]
     digest: str
     elements: dict[str, tuple[Right, ...]]
@@ -92,7 +98,7 @@ def shared(config: Config) -> Shared:
     if not router.standing(layout):
         raise HostError("the router is gone.", hint="sandbox firewall show")
     forwarding = any(record["egress"]["mode"] != "none" for record in router.records(layout))
-    faults = tuple(router.faults(layout, forwarding=forwarding))
+    faults = (*router.faults(layout, forwarding=forwarding), *_strangers(layout))
     with router.inside(layout):
         nft = Nft()
         sysctls = tuple((name, value, _sysctl(name)) for name, value in _SYSCTLS)
@@ -112,6 +118,40 @@ def shared(config: Config) -> Shared:
         nft.close()
 
 
+# What every network namespace begins with: the tables local, main and default.
+_LOCAL = 255
+_KERNEL_RULES = (Rule(0, _LOCAL), Rule(32766, MAIN), Rule(32767, 253))
+
+
+def _strangers(layout: Layout) -> Iterator[str]:
+    """What is in the router and is not ours: tables, routing rules and routes. Nobody else has any business there."""
+    before = _addresses(layout)
+    with router.inside(layout):
+        net, nft = Netlink(), Nft()
+    try:
+        tables = [item["table"] for item in nft.listing("tables") if "table" in item]
+        rules, routes = net.rules(), net.routes()
+    finally:
+        net.close()
+        nft.close()
+    for table in tables:
+        if (name := f"{table['family']} {table['name']}") not in (ruleset.TABLE, "arp sandbox"):
+            yield escape(f"foreign table {name}")
+    for rule in rules:
+        if rule not in (*_KERNEL_RULES, *router.RULES):
+            yield f"foreign routing rule {rule.priority}"
+    # A dyno that comes or goes at this moment has its record for longer than its route.
+    dynos = {f"{address}/32" for address in before | _addresses(layout)}
+    for route in routes:
+        own = route.table == TABLE and route.prefix in {"0.0.0.0/0", f"{layout.host_address}/32", *dynos}
+        if route.table != _LOCAL and not own:
+            yield f"foreign route {route.prefix} in table {route.table}"
+
+
+def _addresses(layout: Layout) -> set[str]:
+    return {name.removesuffix(".json") for name in os.listdir(layout.records) if name.endswith(".json")}
+
+
 def read(config: Config, pid: int, place: Place, common: Shared) -> Reading:
     """One dyno's own part, beside what is common to all."""
     layout = Layout(config)
@@ -119,20 +159,27 @@ def read(config: Config, pid: int, place: Place, common: Shared) -> Reading:
     record = router.read_record(layout.record(place.address))
     with admit.os_open(f"/proc/{pid}/ns/net") as fd, netns.entered(fd), open("/proc/thread-self/net/arp") as file:
         neighbours = tuple(line.split()[0] for line in file.read().splitlines()[1:])
+        own_sysctls = {name: (wanted, _sysctl(name)) for name, wanted in _OWN_SYSCTLS}
     members: dict[str, bool] = {}
     extra: tuple[str, ...] = ()
     if record is None:
         differences.append(("a record of its place", "none"))
     else:
+        differences += admit.wired(layout, str(record["link"]), pid)
         live = common.elements.get(str(record["link"]), ())
         items = router.record_elements(record)
         missing = [item for item in items if _plain(item) not in live]
-        # The kernel spells ranges anew: it is asked for those that are not there as we wrote them.
-        missing = _unknown(layout, missing) if missing else []
-        differences += [(f"known to the router as {item.set} {item.key}", "unknown") for item in missing]
+        differences += [(f"known to the router as {_shown(_plain(item))}", _instead(item, live)) for item in missing]
         members = {_MEMBERS.get(item.set.partition("_")[0], item.set): item not in missing for item in items}
         extra = tuple(_beyond(record, live))
-    return Reading(tuple(differences), neighbours=neighbours, members=members, extra=extra, **common._asdict())
+    return Reading(
+        tuple(differences),
+        neighbours=neighbours,
+        own_sysctls=own_sysctls,
+        members=members,
+        extra=extra,
+        **common._asdict(),
+    )
 
 
 # What the rows call the sets that they ask for.
@@ -141,16 +188,20 @@ _MEMBERS = {"src4": "source", "flows": "flows", "fresh": "new flows", "inbound4"
 
 def _plain(item: ruleset.Element) -> Right:
     """An element as we wrote it, in the form of the dump."""
-    return item.set, tuple(item.key.split(" . ")[1:])
+    found = re.fullmatch(r"limit rate over (\d+)(?: bytes)?/second burst (\d+) \w+", item.more)
+    more = f"{found[1]}/second burst {found[2]}" if found else item.more.removeprefix(": ")
+    return item.set, tuple(item.key.split(" . ")[1:]), more
 
 
-def _unknown(layout: Layout, items: list[ruleset.Element]) -> list[ruleset.Element]:
-    with router.inside(layout):
-        nft = Nft()
-    try:
-        return admit.unknown(nft, items)
-    finally:
-        nft.close()
+def _shown(right: Right) -> str:
+    which, key, more = right
+    return " ".join(filter(None, (which, " . ".join(key), more)))
+
+
+def _instead(item: ruleset.Element, live: tuple[Right, ...]) -> str:
+    """What the router has in an element's place: the same key with another limit or value, or nothing."""
+    which, key, _ = _plain(item)
+    return next((_shown(right) for right in live if right[:2] == (which, key)), "unknown")
 
 
 # Each element of these is a right of the link that its key begins with.
@@ -181,31 +232,46 @@ def _by_link(table: list[dict[str, Any]]) -> dict[str, tuple[Right, ...]]:
         for kind in item.keys() & {"set", "map"}:
             which = str(item[kind]["name"])
             if which in (*RIGHTS, *_LIMITS) or which.startswith("flows_"):
-                for key, _ in elements(item, kind):
-                    found.setdefault(str(key[0]), []).append((which, tuple(_spelled(part) for part in key[1:])))
+                for key, body in elements(item, kind):
+                    right = which, _spelled(key), _more(body)
+                    found.setdefault(str(key[0]), []).append(right)
     return {link: tuple(items) for link, items in found.items()}
 
 
-def _spelled(part: Any) -> str:
-    return part if isinstance(part, str) else json.dumps(part)
+_PROTOCOLS = {6: "tcp", 17: "udp"}
+_UNITS = {"kbytes": 1 << 10, "mbytes": 1 << 20}
+
+
+def _spelled(key: list[Any]) -> tuple[str, ...]:
+    """A key without its link, as ``ruleset`` writes it: the kernel spells ranges and protocols anew."""
+    found = []
+    for position, part in enumerate(key[1:], 1):
+        if isinstance(part, dict) and "prefix" in part:
+            first, last = _bounds(part)
+            found.append(f"{IPv4Address(first)}-{IPv4Address(last)}")
+        elif isinstance(part, dict) and "range" in part:
+            found.append("-".join(map(str, part["range"])))
+        else:
+            # link . address . protocol . port
+            found.append(str(_PROTOCOLS.get(part, part) if position == 2 else part))
+    return tuple(found)
+
+
+def _more(body: dict[str, Any]) -> str:
+    if limit := body.get("limit"):
+        rate, burst = (limit[name] * _UNITS.get(limit.get(f"{name}_unit", ""), 1) for name in ("rate", "burst"))
+        return f"{rate}/{limit['per']} burst {burst}" if limit.get("inv") else f"{rate}, not over"
+    return str(body.get("data", ""))
 
 
 def _beyond(record: dict[str, Any], elements: tuple[Right, ...]) -> Iterator[str]:
-    """Elements of the dyno's link that its record does not ask for. Ranges are counted: the kernel spells them anew."""
-    wanted = Counter(str(item[0]) for item in record["elements"])
+    """Elements of the dyno's link that its record does not ask for."""
+    wanted = {_plain(item)[:2] for item in router.record_elements(record)}
     names = bool(record["egress"]["names"] or record["egress"]["pinned"])
-    live: dict[str, list[tuple[str, ...]]] = {}
-    for which, key in elements:
-        if which in RIGHTS:
-            live.setdefault(which, []).append(key)
-    for which, keys in live.items():
+    for right in elements:
         # What names opened comes and goes with their answers.
-        if len(keys) > wanted[which] and not (which == "named4" and names):
-            yield from (f"{which} {' . '.join(key)}" for key in keys)
-    address = str(record["address"])
-    for key in live.get("src4", []):
-        if key != (address,):
-            yield f"src4 {' . '.join(key)}"
+        if right[0] in RIGHTS and right[:2] not in wanted and not (right[0] == "named4" and names):
+            yield _shown(right)
 
 
 def _sysctl(name: str) -> str:

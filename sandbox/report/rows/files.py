@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from sandbox.errors import HostError
+from sandbox.host import observe
 from sandbox.policy import mounts as plan
 from sandbox.policy.clauses import Clause
 from sandbox.report.facts import Facts
@@ -26,6 +27,14 @@ _CRITICAL_FILES = ("ld-linux-x86-64.so.2", "libc.so.6", "dash", "bash", "tini")
 
 def _mounts(facts: Facts) -> Iterator[Fact]:
     yield from facts.clause(Clause.MOUNTS, lambda: f"{len(facts.mounts)} mounts, each as planned, each nosuid")
+    # By the kernel's numbers: an overlay is like any other by its type, and a device node's place takes any file.
+    now, start = [observe.identity(line) for line in facts.mounts], facts.record.mounts
+    changed = [f"new: {item}" for item in now if item not in start] + [
+        f"gone: {item}" for item in start if item not in now
+    ]
+    yield kernel(
+        "mounts since its start", "the same", "; ".join(changed[:3]) or f"the same {len(now)}", holds=not changed
+    )
 
 
 def _propagation(facts: Facts) -> Iterator[Fact]:

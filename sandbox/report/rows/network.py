@@ -10,6 +10,7 @@ from sandbox.policy.seccomp import NETLINK
 from sandbox.report.facts import Facts
 from sandbox.report.model import CRITICAL, MINOR, MODERATE, SERIOUS, SEVERE, Area, Fact, Row, Tier
 from sandbox.report.rows.common import absent, kernel, measured, network
+from sandbox.units import show
 
 _FIX = "the next start repairs the wall; `sandbox firewall show` says what is missing"
 _NONE = "none for web apps"
@@ -160,6 +161,10 @@ def _names(facts: Facts) -> Iterator[Fact]:
     alive = router.guarded(Layout(facts.config))
     who = "the guard's resolver" if alive else "nobody: names do not resolve"
     yield kernel("who answers names", "the guard's resolver", who, holds=True if alive else None, why=who)
+    with open(f"/proc/{facts.pid}/root/etc/resolv.conf", encoding="utf-8", errors="replace") as file:
+        asked = file.read(4096)
+    good = asked == facts.spec.policy.egress.resolv_conf()
+    yield kernel("/etc/resolv.conf", "as it was written", "as it was written" if good else show(asked), holds=good)
     yield from network(facts, "NET-19")
     yield from said(facts, "NET-19-names")
     yield from _itself(facts)
@@ -167,6 +172,21 @@ def _names(facts: Facts) -> Iterator[Fact]:
 
 def _rebinding(facts: Facts) -> Iterator[Fact]:
     yield from said(facts, "NET-20")
+
+
+def _switch(facts: Facts, name: str) -> Iterator[Fact]:
+    if facts.record.place is None:
+        return
+    promised, observed = facts.wall.own_sysctls[name]
+    yield kernel(f"net/{name} in its network", promised, observed, holds=observed == promised)
+
+
+def _low_ports(facts: Facts) -> Iterator[Fact]:
+    yield from _switch(facts, "ipv4/ip_unprivileged_port_start")
+
+
+def _ping(facts: Facts) -> Iterator[Fact]:
+    yield from _switch(facts, "ipv4/ping_group_range")
 
 
 def _smtp(facts: Facts) -> Iterator[Fact]:
@@ -224,7 +244,9 @@ def _options(facts: Facts) -> Iterator[Fact]:
 
 
 def _vanish(facts: Facts) -> Iterator[Fact]:
-    faults = [fault for fault in facts.wall.faults if fault in ("router routing rules", "routes")]
+    faults = [
+        fault for fault in facts.wall.faults if fault.startswith(("router routing rules", "routes", "foreign rout"))
+    ]
     yield from _itself(facts)
     yield kernel("routes for unmarked packets", "none", ", ".join(faults) or "none", holds=not faults)
     yield from said(facts, "NET-28")
@@ -277,7 +299,7 @@ ROWS = (
     Row("NET-10", Area.NETWORK, "cannot take a neighbour's address", "There is no neighbour to be impersonated.", SERIOUS,
         "ATT&CK:T1557.002", _FIX, _NONE, _arp, clause=Clause.NETWORK),
     Row("NET-11", Area.NETWORK, "no raw sockets", "This app cannot craft packets.", SERIOUS, "CIS-Docker:5.4",
-        "restart the dyno", "ping does not work", accepts=("EPERM",),
+        "restart the dyno", "ping does not work", _ping, accepts=("EPERM",),
         calls=(("socket", (2, 3, 1)), ("socket", (2, 3, 255)), ("socket", (10, 3, 58))), clause=Clause.SECCOMP),
     Row("NET-12", Area.NETWORK, "four kinds of sockets, no others", "40 rarely tested kinds of sockets are closed.",
         SEVERE, "CVE-2026-31431 CVE-2026-43500 CVE-2025-21756", "restart the dyno", _NONE,
@@ -291,7 +313,7 @@ ROWS = (
     Row("NET-15", Area.NETWORK, "cannot mark its packets", "Nor dodge the rules by marks and options.", SERIOUS, "",
         "restart the dyno", _NONE, accepts=("EPERM",)),
     Row("NET-16", Area.NETWORK, "no privileged ports", "This app cannot pose as a system service.", MINOR,
-        "CIS-Docker:5.8", "restart the dyno", "listen on $PORT", accepts=("EACCES",)),
+        "CIS-Docker:5.8", "restart the dyno", "listen on $PORT", _low_ports, accepts=("EACCES",)),
     Row("NET-17", Area.NETWORK, "reached by this host, on $PORT only", "Nobody else can connect to this app.", SERIOUS,
         "CIS-Docker:5.9 CIS-Docker:5.14", _FIX, _NONE, _inbound, clause=Clause.NETWORK),
     Row("NET-18", Area.NETWORK, "no hidden sockets of the host", "Sockets without a file, a classic way out, are not seen.",

@@ -6,6 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from sandbox.dyno import verify
 from sandbox.errors import HostError
@@ -154,9 +155,11 @@ def _strays(facts: Facts, names: Iterable[str]) -> list[str]:
             thread = observe.living_thread(int(name))
             if thread is None or observe.namespace(thread, "pid") != mine:
                 continue
-            if Cgroup.of(thread).paths != facts.cgroup.paths and observe.living_thread(int(name)) == thread:
+            # cgroup v1 places threads one by one.
+            tids = [int(tid) for tid in os.listdir(f"/proc/{name}/task")]
+            if any(Cgroup.of(tid).paths != facts.cgroup.paths for tid in tids if observe.thread_lives(tid)):
                 found.append(name)
-        except HostError:
+        except (HostError, OSError):
             continue
     return found
 
@@ -170,6 +173,13 @@ def _zombies(facts: Facts) -> Iterator[Fact]:
 def _priority(facts: Facts) -> Iterator[Fact]:
     yield from rlimit(facts, "RTPRIO")
     yield from rlimit(facts, "NICE")
+    pushed = []
+    for thread in facts.threads:
+        with suppress(HostError):  # it ended meanwhile
+            nice, policy = observe.scheduling(thread.tid)
+            if nice < 0 or policy in _REALTIME:
+                pushed.append(f"{thread.tid}: nice {nice}, policy {policy}")
+    yield kernel("threads that run before others", "none", "; ".join(pushed[:3]) or "none", holds=not pushed)
 
 
 def _oom(facts: Facts) -> Iterator[Fact]:
@@ -183,30 +193,36 @@ def _terminals(facts: Facts) -> Iterator[Fact]:
     yield kernel("standard descriptors on a terminal of the host", "none", ", ".join(tty) or "none", holds=not tty)
 
 
+_REALTIME = (1, 2, 6)  # sched(7): SCHED_FIFO, SCHED_RR, SCHED_DEADLINE
 _NO_FILE = ("pipe:[", "socket:[", "anon_inode:")
-_MQUEUE_MAGIC = 0x19800202  # linux/magic.h
+_MQUEUE_MAGIC, _NSFS_MAGIC = 0x19800202, 0x6E736673  # linux/magic.h
 _MOST_DESCRIPTORS = 20_000
 
 
 def _descriptors(facts: Facts) -> Iterator[Fact]:
     """Of each process: what it holds must lie on the dyno's own mounts, or lead to no file at all."""
     own = {line.mount_id for line in facts.mounts} if not facts.is_itself else set()
+    kinds = () if facts.is_itself else os.listdir(f"/proc/{facts.pid}/ns")
+    spaces = {observe.namespace(facts.pid, kind) for kind in kinds}
     memory = os.memfd_create("sandbox", os.MFD_CLOEXEC)
     try:
         # Files without a place: of memory, and of message queues, which belong to its own IPC namespace (KRN-06).
         nowhere, count, strange = os.fstat(memory).st_dev, 0, []
         for pid, threads in verify.living(facts.subject, observe.tables):
             for thread in threads:
-                held = observe.descriptors(thread)
+                held = {f"fd/{fd}": what for fd, what in observe.descriptors(thread).items()}
                 count += len(held)
                 if count > _MOST_DESCRIPTORS:
                     raise HostError(f"it holds more than {_MOST_DESCRIPTORS} descriptors: not all were examined.")
-                seen = {what: fd for fd, what in held.items() if not what.startswith(_NO_FILE)}
-                strange += [
-                    f"{pid}: {fd} {what}"
-                    for what, fd in seen.items()
-                    if _leads_out(f"/proc/{thread}/fd/{fd}", own, nowhere)
-                ]
+                # What it works in and what it takes for / are as good as a descriptor: CVE-2024-21626.
+                for where, what in {**held, "cwd": "its folder", "root": "its root"}.items():
+                    path = f"/proc/{thread}/{where}"
+                    if what.startswith(_NO_FILE):
+                        out = _not_its_own(facts, path, what)
+                    else:
+                        out = _leads_out(path, own, spaces, nowhere)
+                    if out:
+                        strange.append(f"{pid}: {where.removeprefix('fd/')} {what}")
     finally:
         os.close(memory)
     yield kernel(
@@ -219,7 +235,29 @@ def _descriptors(facts: Facts) -> Iterator[Fact]:
         yield from _at_the_gate(facts)
 
 
-def _leads_out(path: str, own: set[int], nowhere: int) -> bool:
+def _not_its_own(facts: Facts, path: str, what: str) -> bool:
+    """A socket that our own network namespace lists, or a handle on a process that is none of the dyno's.
+
+    A socket that is bound to nothing is in no list of the kernel: of which namespace it is, nobody says.
+    """
+    if what.startswith("socket:["):
+        return what not in facts.at_the_gate and what[8:-1] in facts.around.sockets
+    if what == "anon_inode:[pidfd]":
+        with suppress(HostError):
+            pid = observe.pidfd(path.replace("/fd/", "/fdinfo/"))
+            return pid > 0 and pid not in facts.pids and not _of_its_namespace(facts, pid)
+    return False
+
+
+def _of_its_namespace(facts: Facts, pid: int) -> bool:
+    """Of a process that was started since the dyno's were listed; one that is gone is nobody's."""
+    try:
+        return observe.namespace(pid, "pid") == observe.namespace(facts.pid, "pid")
+    except HostError:
+        return True
+
+
+def _leads_out(path: str, own: set[int], spaces: set[int], nowhere: int) -> bool:
     try:
         status = os.stat(path)
         # The null device of the shim, wherever it was opened, leads nowhere either.
@@ -227,7 +265,11 @@ def _leads_out(path: str, own: set[int], nowhere: int) -> bool:
             return False
         if observe.mount_of(path) in own:
             return False
-        return status.st_dev != nowhere and observe.file_system(path) != _MQUEUE_MAGIC
+        kind = observe.file_system(path)
+        # A program may open its own namespaces, and no other's.
+        return (
+            status.st_dev != nowhere and kind != _MQUEUE_MAGIC and not (kind == _NSFS_MAGIC and status.st_ino in spaces)
+        )
     except OSError:
         return False  # closed meanwhile
 
