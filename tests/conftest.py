@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.names import host_id
 from tests.world import World
 
 # A job in the background of a script starts with SIGINT ignored, and so would every command we start; it honours that.
@@ -182,6 +183,13 @@ def make_instance(home: Path, name: str, docker_host: str = "") -> Instance:
 def sandbox(home: Path, docker_host: str) -> Iterator[Instance]:
     """The session's instance, for both engines; at the end nothing of it may be left."""
     instance = make_instance(home, "main", docker_host)
+    if os.environ.get("SANDBOX_TEST_DOCKER"):
+        # The image that the guest's own instance imported, under this one's name: it is the same stack.
+        listing = ["docker", "-H", docker_host, "images", "--format", "{{.Repository}}:{{.Tag}}"]
+        done = subprocess.run(listing, capture_output=True, text=True, check=True)
+        for name in (line for line in done.stdout.split() if line.startswith("sandbox-stack-")):
+            own = f"sandbox-stack-{host_id(str(instance.state))}:{name.partition(':')[2]}"
+            subprocess.run(["docker", "-H", docker_host, "tag", name, own], check=True)
     yield instance
     left = census(instance)
     assert left == [], left

@@ -205,12 +205,14 @@ def _flood(facts: Facts) -> Iterator[Fact]:
     found = measured(facts, "NET-22")
     if found is not None:
         good = found["arrived"] <= found["most"] and found["denied"] > 0
+        slow = found["sent"] <= found["most"] and not found["denied"]
         yield Fact(
             Tier.NETWORK,
             f"{found['sent']} new flows at once",
             f"at most {found['most']} arrive",
             f"{found['arrived']} arrived, new-rate +{found['denied']}",
-            good,
+            None if slow else good,
+            why="they were sent too slowly to meet the limit",
         )
     yield from _itself(facts)
 

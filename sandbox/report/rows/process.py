@@ -208,9 +208,9 @@ def _descriptors(facts: Facts) -> Iterator[Fact]:
     try:
         # Files without a place: of memory, and of message queues, which belong to its own IPC namespace (KRN-06).
         nowhere, count, strange = os.fstat(memory).st_dev, 0, []
-        for pid, threads in verify.living(facts.subject, observe.tables):
-            for thread in threads:
-                held = {f"fd/{fd}": what for fd, what in observe.descriptors(thread).items()}
+        for pid, tables in verify.living(facts.subject, observe.held):
+            for thread, table in tables:
+                held = {f"fd/{fd}": what for fd, what in table.items()}
                 count += len(held)
                 if count > _MOST_DESCRIPTORS:
                     raise HostError(f"it holds more than {_MOST_DESCRIPTORS} descriptors: not all were examined.")
@@ -254,7 +254,7 @@ def _of_its_namespace(facts: Facts, pid: int) -> bool:
     try:
         return observe.namespace(pid, "pid") == observe.namespace(facts.pid, "pid")
     except HostError:
-        return True
+        return not observe.alive(pid)
 
 
 def _leads_out(path: str, own: set[int], spaces: set[int], nowhere: int) -> bool:

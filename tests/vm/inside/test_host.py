@@ -209,7 +209,8 @@ def test_a_firewall_that_lets_nobody_in_refuses_the_start(instance):
 
 @contextlib.contextmanager
 def cell_of(instance: Instance):
-    cell = Cell(instance, "oci", app=web_app(Path("/var/tmp/host")), process=())
+    # It binds no port, and a reload of a firewall takes an emulated processor a minute.
+    cell = Cell(instance, "oci", "--boot-timeout", "1h", app=web_app(Path("/var/tmp/host")), process=())
     try:
         yield cell
     finally:
