@@ -148,7 +148,7 @@ ALL: tuple[Mutant, ...] = (
     Mutant("more-cpu", "no CPU cap", "RES-07 RES-23", live=weaken.more_cpu, groups=(), limits=("cpu",)),
     Mutant("more-disk", "a larger disk", "FS-17", may="FS-18 FS-19", weakness=Weakness(policy=weaken.double_disk), groups=(), limits=("disk",)),
     Mutant("more-inodes", "more files", "FS-18", may="FS-17", weakness=Weakness(policy=lambda p: p._replace(disk_inodes=p.disk_inodes * 2)), groups=()),
-    Mutant("more-shm", "more shared memory", "FS-17", weakness=Weakness(policy=lambda p: p._replace(shm_bytes=p.shm_bytes * 2)), groups=(), limits=("shm",)),
+    Mutant("more-shm", "more shared memory", "FS-17 FS-02", weakness=Weakness(policy=lambda p: p._replace(shm_bytes=p.shm_bytes * 2)), groups=(), limits=("shm",)),
     Mutant("file-size", "files of any size", "FS-19", weakness=weaken.limit("FSIZE", 1 << 41), groups=(), limits=("files",), may="FS-17 FS-18"),
     Mutant("all-devices", "every device may be opened", "FS-06", live=weaken.all_devices, groups=()),
     Mutant("left-the-cgroup", "a process outside of its limits", "PRV-23", may="RES-11", live=weaken.escape, groups=()),
