@@ -68,7 +68,7 @@ test: setup-test check
 
 ## make test-vm          boot Debian 13 and Debian 12 under QEMU and prove the same there; about half an hour (not part of `make test` yet)
 test-vm: setup-test vm-host
-	$(BIN)/python -m pytest tests/vm/test_guests.py
+	$(BIN)/python -m pytest -s tests/vm/test_guests.py
 
 ## make vm-shell         a login in the same guest (GUEST=debian-12 for the other)
 vm-shell: setup-test vm-host

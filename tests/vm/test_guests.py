@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -26,9 +27,8 @@ _TIME_S = 2400
 
 
 def say(line: str) -> None:
-    """Shown at once, whatever pytest captures: it takes a while."""
-    with open("/dev/stderr", "w", encoding="utf-8") as screen:
-        screen.write(f"-----> {line}\n")
+    """Shown at once: `make test-vm` has pytest capture nothing, for it takes a while."""
+    print(f"-----> {line}", file=sys.stderr, flush=True)
 
 
 @pytest.fixture(scope="session")
