@@ -363,8 +363,9 @@ class Watch:
     def _victims(self) -> list[str]:
         key = "" if self._cgroup.is_v2 else "memory"
         path = self._totals.paths.get(key, "")
-        # The kernel's log names the cgroup by its path below the hierarchy's mount point.
-        return self._log.victims(path[path.rindex("/sbx-") :]) if "/sbx-" in path else []
+        # The kernel's log names the cgroup by its path below the hierarchy's mount point. Under systemd it is a slice,
+        # whose name has no dashes of ours.
+        return self._log.victims(path[path.rindex("/sbx") :]) if "/sbx" in path else []
 
     def _end(self) -> None:
         """Init is gone and the kernel has ended all it had: the rest of the output, the figures, the status."""
