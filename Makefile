@@ -66,7 +66,7 @@ setup-test: setup $(VENV)/.dev
 test: setup-test check
 	$(BIN)/python -m pytest tests/root tests/security
 
-## make test-vm          boot Debian 13 and Debian 12 under QEMU and prove the same there; about half an hour (not part of `make test` yet)
+## make test-vm          boot Debian 13 and Debian 12 under QEMU and prove the same there; 37 minutes where processors are emulated (not part of `make test` yet)
 test-vm: setup-test vm-host
 	$(BIN)/python -m pytest -s tests/vm/test_guests.py
 
